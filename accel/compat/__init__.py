@@ -1,0 +1,1 @@
+"""Names and meanings that scripts written for other libraries expect."""

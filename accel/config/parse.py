@@ -1,0 +1,209 @@
+"""From plain YAML values to frozen dataclasses, by the types that the dataclasses declare.
+
+One declaration serves everything: validation here, and through `describe` the wizard's questions, the flags of
+`accel launch`, the JSON Schema and the tables in the docs. It holds for `Config` and for every plugin's `Options`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plugin by name, with its own options: in YAML `ddp`, or `ddp: {bucket_size: 50}`."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def dump(self) -> Any:
+        """The plain YAML value of this choice."""
+        return {self.name: dict(self.options)} if self.options else self.name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings dataclass, as a wizard, a flag parser or a schema needs to see it."""
+
+    name: str
+    type: Any
+    default: Any
+    meaning: str
+    minimum: float | None
+    plugin: str | None
+
+
+def setting(default: Any, *, minimum: float | None = None, plugin: str | None = None) -> Any:
+    """A dataclass field with a default, and optionally its smallest value or the kind of plugin that it names."""
+    metadata = {"minimum": minimum, "plugin": plugin}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@functools.cache
+def describe(cls: type) -> tuple[Setting, ...]:
+    """The settings that a dataclass declares, in order, each with the docstring that stands under its field."""
+    hints, meanings = typing.get_type_hints(cls), _meanings(cls)
+    return tuple(
+        Setting(
+            name=f.name,
+            type=hints[f.name],
+            default=f.default_factory() if callable(f.default_factory) else f.default,
+            meaning=meanings.get(f.name, ""),
+            minimum=f.metadata.get("minimum"),
+            plugin=f.metadata.get("plugin"),
+        )
+        for f in dataclasses.fields(cls)
+    )
+
+
+def parse_dataclass(cls: type, values: Any, path: str = "") -> Any:
+    """Make the settings dataclass `cls` from a mapping. Raises ConfigError with the path of what is wrong."""
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'config'}: expected a mapping of settings, got {values!r}")
+    known = {s.name: s for s in describe(cls)}
+    parsed = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in known:
+            raise ConfigError(f"{where}: no such setting; {_suggest(str(name), list(known))}")
+        parsed[name] = _parse_setting(known[name], value, where)
+    try:
+        return cls(**parsed)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") if path else error from None
+
+
+def type_name(hint: Any) -> str:
+    """A type as users read it: `int`, `one of 'a', 'b'`, `list of str`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("nothing" if a is type(None) else type_name(a) for a in arguments)
+    if origin in (tuple, list):
+        return f"list of {type_name(arguments[0])}"
+    if origin in (dict, Mapping):
+        return "mapping"
+    if hint is Choice:
+        return "plugin name, or one name with its options"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there are: {', '.join(known)}" if known else "it has no settings"
+
+
+def _parse_setting(declared: Setting, value: Any, path: str) -> Any:
+    if declared.plugin and (value is False or value == "no"):  # YAML reads an unquoted `no` as false
+        return declared.default
+    parsed = _parse(declared.type, value, path)
+    if declared.minimum is not None and parsed is not None and parsed < declared.minimum:
+        raise ConfigError(f"{path}: must be at least {declared.minimum:g}, got {value!r}")
+    return parsed
+
+
+def _parse(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint`; raises ConfigError naming `path` if it is not one."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if hint is Choice:
+        return _parse_choice(value, path)
+    if origin in (typing.Union, types.UnionType):
+        return _parse_union(hint, value, path)
+    if origin is Literal and value in arguments and type(value) in {type(a) for a in arguments}:
+        return value
+    if origin is tuple:
+        return _parse_sequence(arguments[0], value, path)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else parse_dataclass(hint, value, path)
+    if hint is float:
+        return _parse_float(value, path)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path}: expected {type_name(hint)}, got {value!r}")
+
+
+def _parse_float(value: Any, path: str) -> float:
+    """Accepts `1e-3` too, which YAML reads as text for want of a dot."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ConfigError(f"{path}: expected float, got {value!r}")
+
+
+def _parse_union(hint: Any, value: Any, path: str) -> Any:
+    for option in typing.get_args(hint):
+        if option is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _parse(option, value, path)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{path}: expected {type_name(hint)}, got {value!r}")
+
+
+def _parse_sequence(item: Any, value: Any, path: str) -> tuple[Any, ...]:
+    """A list; for plugins also a single name, or a mapping of names to options."""
+    if item is Choice:
+        if isinstance(value, Mapping):
+            value = [{name: options} for name, options in value.items()]
+        elif isinstance(value, (str, Choice)):
+            value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path}: expected {type_name(tuple[item, ...])}, got {value!r}")
+    return tuple(_parse(item, v, path if item is Choice else f"{path}[{i}]") for i, v in enumerate(value))
+
+
+def _parse_choice(value: Any, path: str) -> Choice:
+    if isinstance(value, Choice):
+        return value
+    if isinstance(value, str) and value:
+        return Choice(name=value)
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, options),) = value.items()
+        if options is None or isinstance(options, Mapping):
+            return Choice(name=str(name), options=dict(options or {}))
+        raise ConfigError(f"{path}.{name}: expected a mapping of settings, got {options!r}")
+    raise ConfigError(f"{path}: expected {type_name(Choice)}, got {value!r}")
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass and of its bases, read from the source."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError):
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for line, below in zip(body, body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                    found[line.target.id] = inspect.cleandoc(str(below.value.value))
+    return found

@@ -1,0 +1,104 @@
+"""The settings of a run. A `Config` never changes once it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from .parse import Choice, parse_dataclass, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a YAML file, a flag or an argument of `Accelerator` can say about a run."""
+
+    num_processes: int = setting(1, minimum=1)
+    """Worker processes over all machines, one per device."""
+
+    device: Choice | None = setting(None, plugin="device")
+    """The hardware that each process drives; by default the best that this machine has."""
+
+    mixed_precision: Choice = setting(Choice(name="fp32"), plugin="precision")
+    """The numbers that forward and backward compute in; `no` is fp32."""
+
+    strategies: tuple[Choice, ...] = setting((Choice(name="ddp"),), plugin="strategy")
+    """How models are spread over the processes: at most one strategy for each axis of the mesh."""
+
+    gradient_accumulation_steps: int = setting(1, minimum=1)
+    """Micro-batches whose gradients are averaged into one optimizer step."""
+
+    even_batches: bool = True
+    """Give every process the same number of batches; what that repeats counts nowhere: not in gradients, not in metrics."""
+
+    split_batches: bool = False
+    """Whether the loader's batch size is that of all processes together, rather than that of each."""
+
+    dispatch_batches: bool = False
+    """Whether the main process alone reads the data and sends the others their part."""
+
+    data_seed: int = setting(0, minimum=0)
+    """Shuffling is a function of this seed and the epoch."""
+
+    num_machines: int = setting(1, minimum=1)
+    """Machines that take part; `accel launch` is run once on each."""
+
+    machine_rank: int = setting(0, minimum=0)
+    """Which of the machines this is, from 0."""
+
+    main_process_ip: str = "127.0.0.1"
+    """Address of machine 0, as the others reach it."""
+
+    main_process_port: int | None = setting(None, minimum=1)
+    """Port on machine 0 at which the processes meet; on one machine a free one is found."""
+
+    launcher: Choice = setting(Choice(name="local"), plugin="launcher")
+    """What starts the worker processes."""
+
+    threads_per_process: int | None = setting(None, minimum=1)
+    """CPU threads of each process; by default the machine's cores divided among its processes."""
+
+    checkpoint: Choice = setting(Choice(name="safetensors"), plugin="checkpoint")
+    """How `save_state` writes to disk."""
+
+    trackers: tuple[Choice, ...] = setting((), plugin="tracker")
+    """Where `Accelerator.log` sends metrics."""
+
+    project_dir: str = "."
+    """Folder for what the run writes: logs of trackers, automatically named checkpoints."""
+
+    @classmethod
+    def parse(cls, values: Any) -> Config:
+        """Make a config from plain YAML values; raises ConfigError with the path of what is wrong."""
+        config: Config = parse_dataclass(cls, values)
+        return config
+
+    @classmethod
+    def current(cls) -> Config:
+        """The config of this process: what `accel launch` handed over, else the environment and the defaults."""
+        from .sources import current  # sources layers values into this class, so it stands above
+
+        return current(os.environ)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some settings changed, given as in YAML."""
+        return self.parse({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **changes})
+
+    def values(self) -> dict[str, Any]:
+        """The plain YAML values of all settings."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def dump(self) -> str:
+        """This config as YAML text; `Config.parse(yaml.safe_load(text))` gives it back."""
+        return yaml.safe_dump(self.values(), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return value.dump()
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value

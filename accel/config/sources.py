@@ -1,0 +1,97 @@
+"""Where settings come from: arguments > flags > environment > file > default, each value with its origin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from .settings import Config
+
+CONFIG_VARIABLE = "ACCEL_CONFIG"
+"""Carries the whole config from a launcher to its workers, as YAML text."""
+
+FILE_VARIABLE = "ACCEL_CONFIG_FILE"
+"""Names the config file to use instead of the user's default one."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config and, for each setting, where its value came from."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+def default_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """The config file that is meant when none is named."""
+    if named := environ.get(FILE_VARIABLE):
+        return Path(named)
+    home = environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "accel" / "default_config.yaml"
+
+
+def read_file(path: Path | str) -> dict[str, Any]:
+    """The plain values in a YAML file. Raises ConfigError if it cannot be read or is not a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `accel config --config_file {path}` writes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, Mapping) and values is not None:
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}: {values!r:.60}")
+    return dict(values or {})
+
+
+def resolve(
+    file: Path | str | None = None, flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ
+) -> Resolved:
+    """Layer flags over environment over file over defaults.
+
+    `file` must exist if it is given; without it the user's default file is read if there is one. `flags` are
+    plain YAML values by setting. Raises ConfigError, naming the layer in which a value is wrong.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if file is not None or FILE_VARIABLE in environ or default_path(environ).exists():
+        path = file or default_path(environ)
+        layers.append((str(path), read_file(path)))
+    for name, text in _from_environment(environ).items():
+        layers.append((f"environment {_variable(name)}", {name: text}))
+    layers.extend((f"flag --{name}", {name: value}) for name, value in (flags or {}).items())
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys((f.name for f in fields(Config)), "default")
+    for origin, layer in layers:
+        try:
+            Config.parse(layer)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (from {origin})") from None
+        values.update(layer)
+        origins.update(dict.fromkeys(layer, origin))
+    return Resolved(Config.parse(values), origins)
+
+
+def current(environ: Mapping[str, str]) -> Config:
+    """The config of a worker process: a launcher's, else file and environment as far as they are named."""
+    if text := environ.get(CONFIG_VARIABLE):
+        return Config.parse(yaml.safe_load(text))
+    values = read_file(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else {}
+    values.update(_from_environment(environ))
+    return Config.parse({**values, "num_processes": int(environ.get("WORLD_SIZE", "1"))})
+
+
+def _variable(name: str) -> str:
+    return f"ACCEL_{name.upper()}"
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Settings given as `ACCEL_<SETTING>=<YAML value>`."""
+    known = {_variable(f.name): f.name for f in fields(Config)}
+    return {known[key]: yaml.safe_load(text) for key, text in environ.items() if key in known and text}

@@ -1,0 +1,109 @@
+"""The interface of a strategy: how models are spread over one axis of the mesh of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ..config import setting
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .precision import Precision
+
+
+class Axis(StrEnum):
+    """The axes of the mesh of processes."""
+
+    PIPELINE = "pipeline"
+    DATA = "data"
+    CONTEXT = "context"
+    TENSOR = "tensor"
+
+
+MESH_ORDER = (Axis.PIPELINE, Axis.DATA, Axis.CONTEXT, Axis.TENSOR)
+"""Outermost first: neighbours on the last axis are closest to each other, because they talk most."""
+
+SETUP_ORDER = (Axis.PIPELINE, Axis.TENSOR, Axis.CONTEXT, Axis.DATA)
+"""A model is cut into stages, then each layer into parts, then the parts are sharded or replicated."""
+
+
+class AxisMesh(Protocol):
+    """One axis of the mesh, as this process sees it."""
+
+    @property
+    def size(self) -> int:
+        """Number of processes along the axis."""
+
+    @property
+    def index(self) -> int:
+        """Position of this process along the axis, from 0."""
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The processes along the axis; made on first use, by all ranks together."""
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The axis as torch's one-dimensional mesh; made on first use, by all ranks together."""
+
+
+class Strategy:
+    """Leaves everything as it is; a plugin overrides what it changes.
+
+    All methods are called by all ranks. A strategy changes models in place: it may replace parameters, but
+    `named_parameters()` keeps the user's names. Parameters of which a process holds only a part are DTensors.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """The settings of this strategy, under its name in the config."""
+
+        size: int | None = setting(None, minimum=1)
+        """Processes along this axis; by default those that the other strategies leave."""
+
+    axis: ClassVar[Axis] = Axis.DATA
+    """The mesh axis that this strategy fills. A run has at most one strategy on each."""
+
+    def __init__(self, options: Any, mesh: AxisMesh, device: torch.device, precision: Precision) -> None:
+        self.options, self.mesh, self.device, self.precision = options, mesh, device, precision
+
+    @classmethod
+    def check(cls, options: Any, size: int) -> None:
+        """Raise ConfigError if this strategy cannot run with these options on `size` processes.
+
+        Called before a worker starts; the message begins with the name of the option at fault.
+        """
+
+    def setup(self, model: nn.Module) -> None:
+        """Spread a model over the axis, in place. It is on the device and converted by the precision.
+
+        Raises PrepareError for a model that this strategy cannot train right.
+        """
+
+    def before_forward(self, model: nn.Module) -> None:
+        """Called at the start of each outermost forward call of a prepared model."""
+
+    def before_backward(self, model: nn.Module, loss: Tensor, exchange: bool) -> None:
+        """Called before each backward pass that may reach the model.
+
+        `exchange` says whether this pass must leave the gradients of the whole window exchanged; else they are
+        only added up on each process.
+        """
+
+    def after_backward(self, model: nn.Module, exchange: bool) -> None:
+        """Called after each such backward pass."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Called before gradients that came from a bare `loss.backward()` are used.
+
+        Makes sure that they have been exchanged. Raises PrepareError if they have not and cannot be.
+        """
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after an optimizer has changed parameters of the model."""

@@ -1,0 +1,1 @@
+"""For accel itself and for plugin authors."""
