@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,8 @@ def load_choice(kind: str, choice: Choice, path: str) -> tuple[type[Any], Any]:
 
 
 @functools.cache
-def _all_points() -> EntryPoints:
-    return entry_points()  # one look at every installed package, for all kinds
-
-
 def _points(kind: str) -> tuple[EntryPoint, ...]:
-    return tuple(_all_points().select(group=INTERFACES[kind][0]))
+    return tuple(entry_points(group=INTERFACES[kind][0]))
 
 
 def _rival_claims(points: Sequence[EntryPoint]) -> str:

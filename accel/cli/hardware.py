@@ -52,7 +52,8 @@ class Hardware:
 
     def describe(self) -> list[str]:
         """One line for each device that is there, and one for each problem."""
-        lines = [f"{found.count} x {name}" for name, found in self.devices.items() if found.count]
+        counts = ", ".join(f"{found.count} x {name}" for name, found in self.devices.items() if found.count)
+        lines = [f"this machine has {counts}"] if counts else []
         problems = {found.problem: None for found in self.devices.values() if found.problem}
         return lines + [f"({problem})" for problem in [*problems, self.problem] if problem]
 

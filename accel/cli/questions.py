@@ -6,6 +6,7 @@ A question is wiped once it is answered and leaves one line behind, so that the 
 from __future__ import annotations
 
 import shutil
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -36,9 +37,9 @@ STYLE = questionary.Style(
 _NOTHING = "none"
 
 
-def say(text: str = "", style: Literal["dim", "warning", "done", "question", "text"] = "text") -> None:
+def say(text: str = "", style: Literal["dim", "warning", "done", "question", "text"] = "text", end: str = "\n") -> None:
     """Print a line in one of the wizard's styles."""
-    print_formatted_text(FormattedText([(f"class:{style}", text)]), style=STYLE)
+    print_formatted_text(FormattedText([(f"class:{style}", text)]), style=STYLE, end=end)
 
 
 def ask(declared: Setting, default: Any, path: str) -> Any:
@@ -67,7 +68,7 @@ def choose_several(name: str, meaning: str, summaries: Mapping[str, str], checke
     """Any number of several names, each shown with its summary."""
     marked = set(checked)
     boxes = [questionary.Choice(t, value=n, checked=n in marked) for n, t in _titles(summaries).items()]
-    instruction = f"{meaning}  (space marks, enter goes on)"
+    instruction = _below(f"{meaning} Space marks, Enter goes on.")
     answer: list[str] = questionary.checkbox(
         name, boxes, instruction=instruction, style=STYLE, erase_when_done=True
     ).unsafe_ask()
@@ -81,9 +82,13 @@ def confirm(question: str, default: bool, instruction: str = "") -> bool:
 
 
 def _confirm(question: str, instruction: str, default: bool) -> bool:
-    hint = f"{instruction}  ({'Y/n' if default else 'y/N'})".strip()
+    hint = "(Y/n) " if default else "(y/N) "
     answer: bool = questionary.confirm(
-        question, default=default, instruction=hint + " ", style=STYLE, erase_when_done=True
+        question,
+        default=default,
+        instruction=f"{_below(instruction)}\n  {hint}" if instruction else hint,
+        style=STYLE,
+        erase_when_done=True,
     ).unsafe_ask()
     return answer
 
@@ -91,8 +96,9 @@ def _confirm(question: str, instruction: str, default: bool) -> bool:
 def _select(name: str, meaning: str, summaries: Mapping[str, str], default: str | None) -> str:
     choices = [questionary.Choice(title, value=value) for value, title in _titles(summaries).items()]
     start = default if default in summaries else None
+    choices.sort(key=lambda choice: choice.value != start)  # what Enter takes comes first
     answer: str = questionary.select(
-        name, choices, default=start, instruction=meaning, style=STYLE, erase_when_done=True
+        name, choices, default=start, instruction=_below(meaning), style=STYLE, erase_when_done=True
     ).unsafe_ask()
     return answer
 
@@ -109,7 +115,7 @@ def _text(declared: Setting, default: Any, path: str) -> Any:
 
     answer: str = questionary.text(
         path,
-        instruction=f"{declared.meaning}\n ",
+        instruction=f"{_below(declared.meaning)}\n ›",
         placeholder=FormattedText([("class:placeholder", _NOTHING if default is None else shown)]),
         validate=problem,
         key_bindings=_spin(default, declared.minimum) if int in _types(declared.type) else None,
@@ -157,6 +163,12 @@ def _titles(summaries: Mapping[str, str]) -> dict[str, Any]:
         name: [("class:text", f"{name:{width}}"), ("class:dim", f"  {_cut(summary, room)}")]
         for name, summary in summaries.items()
     }
+
+
+def _below(meaning: str) -> str:
+    """The meaning of a setting under its name, in lines that the terminal need not break."""
+    width = shutil.get_terminal_size().columns - 4
+    return "".join(f"\n  {line}" for line in textwrap.wrap(meaning, width, break_on_hyphens=False))
 
 
 def _cut(text: str, width: int) -> str:

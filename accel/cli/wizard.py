@@ -85,7 +85,7 @@ class Wizard:
     def applies(self, name: str) -> bool:
         """Whether the setting means anything, given the answers so far."""
         current = {n: self._valid_default(SETTINGS[n]) for n in ("num_machines", "num_processes")}
-        return APPLIES.get(name, lambda values: True)(current)
+        return name not in APPLIES or APPLIES[name](current)
 
     def _valid_default(self, declared: Setting) -> Any:
         """What the answers so far say, or accel's default where that is missing or makes no sense."""
@@ -100,10 +100,11 @@ class Wizard:
         return plain_default(declared)
 
     def _hardware(self) -> Hardware:
-        questions.say("  looking at the hardware …", "dim")
+        waiting = "  looking at the hardware …"
+        questions.say(waiting, "dim", end="\r")
         hardware = self._detection.wait()
         for line in hardware.describe():
-            questions.say(f"  {line}", "warning" if line.startswith("(") else "dim")
+            questions.say(f"  {line}".ljust(len(waiting)), "warning" if line.startswith("(") else "dim")
         return hardware
 
     def _ask_device(self, hardware: Hardware) -> None:
@@ -146,7 +147,7 @@ class Wizard:
         """One for each axis of the mesh on which a strategy is installed: data first, it is the one that most need."""
         chosen = current_choices(declared, self.values)
         choices = []
-        for axis, names in _strategies_by_axis().items():
+        for axis, names in _strategies_by_axis(self._valid_default(SETTINGS["num_processes"])).items():
             optional = axis is not Axis.DATA
             current = next((choice.name for choice in chosen if choice.name in names), "none" if optional else None)
             asked = f"{declared.name} ({axis} axis)" if optional else declared.name
@@ -225,12 +226,19 @@ def _summaries(kind: str, notes: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _strategies_by_axis() -> dict[Axis, dict[str, str]]:
-    by_axis: dict[Axis, dict[str, str]] = {
-        axis: {} for axis in sorted(MESH_ORDER, key=lambda axis: axis is not Axis.DATA)
-    }
+def _strategies_by_axis(processes: int) -> dict[Axis, dict[str, str]]:
+    """Summaries by name by axis, data first; one that cannot run on so many processes says so."""
+    order = sorted(MESH_ORDER, key=lambda axis: axis is not Axis.DATA)
+    by_axis: dict[Axis, dict[str, str]] = {axis: {} for axis in order}
     for name, summary in _summaries("strategy", {}).items():
-        by_axis[registry.load("strategy", name).axis][name] = summary
+        plugin = registry.load("strategy", name)
+        refusal = ""
+        if plugin.axis is Axis.DATA:
+            try:
+                plugin.check(registry.load_choice("strategy", Choice(name=name), "strategies")[1], processes)
+            except ConfigError:
+                refusal = f"(not for {processes} processes) "
+        by_axis[plugin.axis][name] = refusal + summary
     return {axis: names for axis, names in by_axis.items() if names}
 
 

@@ -227,7 +227,7 @@ def _meanings(cls: type) -> dict[str, str]:
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
         for line, below in itertools.pairwise(body):
-            is_field = isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-            if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                found[line.target.id] = inspect.cleandoc(str(below.value.value))
+            match line, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                    found[name] = inspect.cleandoc(meaning)
     return found
