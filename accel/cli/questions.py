@@ -115,7 +115,7 @@ def _text(declared: Setting, default: Any, path: str) -> Any:
 
     answer: str = questionary.text(
         path,
-        instruction=f"{_below(declared.meaning)}\n ›",
+        instruction=f"{_below(declared.meaning)}\n >",
         placeholder=FormattedText([("class:placeholder", _NOTHING if default is None else shown)]),
         validate=problem,
         key_bindings=_spin(default, declared.minimum) if int in _types(declared.type) else None,
