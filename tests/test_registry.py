@@ -52,14 +52,18 @@ def test_a_third_party_plugin_comes_through_the_same_door(site: PackageSite) -> 
 
 def test_options_are_refused_with_their_path(site: PackageSite) -> None:
     site.install("polite-path", "strategy", "polite", STRATEGY)
-    with pytest.raises(ConfigError, match=r"^strategies\.polite\.politness: no such setting; did you mean 'politeness'"):
+    with pytest.raises(
+        ConfigError, match=r"^strategies\.polite\.politness: no such setting; did you mean 'politeness'"
+    ):
         registry.load_choice("strategy", Choice(name="polite", options={"politness": 5}), "strategies")
     with pytest.raises(ConfigError, match=r"^strategies\.polite\.politeness: must be at least 1, got 0"):
         registry.load_choice("strategy", Choice(name="polite", options={"politeness": 0}), "strategies")
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"^mixed_precision: no precision named 'bf61' is installed; .*bf16, fp16, fp32"):
+    with pytest.raises(
+        ConfigError, match=r"^mixed_precision: no precision named 'bf61' is installed; .*bf16, fp16, fp32"
+    ):
         registry.load("precision", "bf61", "mixed_precision")
 
 
@@ -79,7 +83,9 @@ def test_two_packages_with_one_name_are_both_named(site: PackageSite) -> None:
 
 def test_a_package_cannot_take_a_name_that_ships_with_accel(site: PackageSite) -> None:
     site.install("my-ddp", "strategy", "ddp", STRATEGY)
-    with pytest.raises(PluginError, match=r"'ddp' is claimed by several packages: accel-torch .*, my-ddp \(my_ddp:Plugin\)"):
+    with pytest.raises(
+        PluginError, match=r"'ddp' is claimed by several packages: accel-torch .*, my-ddp \(my_ddp:Plugin\)"
+    ):
         registry.load("strategy", "ddp")
 
 
@@ -97,7 +103,9 @@ def test_a_plugin_that_fails_to_import(site: PackageSite, source: str, problem: 
     site.install("broken-plugin", "tracker", "broken", source)
     with pytest.raises(PluginError) as caught:
         registry.load("tracker", "broken")
-    assert str(caught.value).startswith("tracker 'broken' of package broken-plugin (broken_plugin:Plugin) failed to import: ")
+    assert str(caught.value).startswith(
+        "tracker 'broken' of package broken-plugin (broken_plugin:Plugin) failed to import: "
+    )
     assert problem in str(caught.value)
     sys.modules.pop("broken_plugin", None)
 
@@ -167,7 +175,9 @@ def test_a_class_that_does_not_fit_its_interface(site: PackageSite, kind: str, s
     with pytest.raises(PluginError) as caught:
         registry.load(kind, "misfit")
     sys.modules.pop("mis_fit", None)
-    assert str(caught.value).startswith(f"{kind} 'misfit' of package mis-fit (mis_fit:Plugin) does not fit its interface ")
+    assert str(caught.value).startswith(
+        f"{kind} 'misfit' of package mis-fit (mis_fit:Plugin) does not fit its interface "
+    )
     assert problem in str(caught.value)
 
 
