@@ -35,6 +35,7 @@ class Training(Process):
         self._optimizers: list[Optimizer] = []
         self._replaced: dict[int, nn.Parameter] = {}
         self._verified: dict[int, int] = {}
+        self._closing = self._window.length == 1
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
@@ -63,12 +64,11 @@ class Training(Process):
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether the micro-batch under way ends a window: gradients are exchanged and optimizers step."""
-        if self._window.length == 1:
-            return True
-        if self._window.inside or not self._optimizers:
-            return self._window.closing
-        return any(part.closing for part in self._optimizer_parts)
+        """Whether the micro-batch under way ends a window: gradients are exchanged and optimizers step.
+
+        Holds from `accumulate` or `backward` until the next micro-batch begins.
+        """
+        return self._window.closing if self._window.inside else self._closing
 
     @property
     def optimizer_step_was_skipped(self) -> bool:
@@ -124,6 +124,7 @@ class Training(Process):
             )
         factor = self._loss_factor()
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
+        self._closing = self._closes()
         reached = [(model, self._exchanges(model)) for model in self._models]
         for model, exchange in reached:
             for strategy in self.strategies:
@@ -178,6 +179,12 @@ class Training(Process):
         if self._window.inside:
             return weight / self._window.planned
         return weight / max((part.planned for part in self._optimizer_parts), default=1)
+
+    def _closes(self) -> bool:
+        """Whether the window ends with this micro-batch."""
+        if self._window.length == 1:
+            return True
+        return self._window.closing if self._window.inside else any(part.closing for part in self._optimizer_parts)
 
     def _exchanges(self, model: nn.Module) -> bool:
         """Whether the coming backward pass must exchange the gradients of this model."""

@@ -115,10 +115,13 @@ class _Replica:
             return
         self.anchor = torch.nn.Parameter(torch.zeros((), device=self.strategy.device))
         self.ddp = self._wrap()
-        self.everything = _touch_all([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.everything = _touch_all(trained)
         self.first_static = self.options.static_graph
-        with _without_reducer_warning():
-            self._rest()
+        if self.searches:
+            with _without_reducer_warning():
+                self._expect(_touch_all([*trained, self.anchor]))
+        self._rest()
 
     def _wrap(self) -> DistributedDataParallel:
         from torch import nn
