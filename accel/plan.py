@@ -61,7 +61,7 @@ class Plan:
             )
         if config.machine_rank >= config.num_machines:
             raise ConfigError(
-                f"machine_rank: {config.machine_rank} is not one of num_machines: {config.num_machines}; ranks start at 0"
+                f"machine_rank: {config.machine_rank} is not one of num_machines: {config.num_machines}, from 0"
             )
         return cls(
             config=config,
@@ -118,7 +118,9 @@ def resolve_sizes(wanted: Mapping[Axis, int | None], processes: int) -> dict[Axi
     sizes = {axis: size or 1 for axis, size in axes.items()}
     if math.prod(sizes.values()) != processes:
         product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise ConfigError(f"strategies: {product} is {math.prod(sizes.values())} processes, but num_processes is {processes}")
+        raise ConfigError(
+            f"strategies: {product} is {math.prod(sizes.values())} processes, but num_processes is {processes}"
+        )
     return sizes
 
 
