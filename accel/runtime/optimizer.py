@@ -51,6 +51,7 @@ class OptimizerPart(Part):
 
     def step(self, closure: Any = None) -> Any:
         """Step the user's own optimizer, unconditionally."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
         inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
         return inner() if closure is None else inner(closure)
 
@@ -119,6 +120,9 @@ class PreparedOptimizer(Adopted):
     def step(self, closure: Any = None) -> Any:
         part: OptimizerPart = self.__dict__["_accel"]
         return part.step_if_closing(closure)
+
+    # A scheduler looks for this mark to know that somebody sets `_opt_called` when the optimizer steps.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         part: OptimizerPart = self.__dict__["_accel"]

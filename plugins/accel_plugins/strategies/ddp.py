@@ -8,9 +8,12 @@ step or this rank does not use. The reducer, its buckets and its overlap with ba
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from accel.config import setting
 from accel.errors import ConfigError, PrepareError
@@ -19,6 +22,9 @@ from accel.interfaces import Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn.parallel import DistributedDataParallel
+
+_BROADCAST_BYTES = 250 << 20
+"""Tensors are broadcast in lots of this many bytes, as torch's own DDP does it."""
 
 
 class DDP(Strategy):
@@ -92,6 +98,7 @@ class _Replica:
 
     def __init__(self, model: nn.Module, strategy: DDP) -> None:
         self.model, self.strategy, self.options = model, strategy, strategy.options
+        self.searches: bool = self.options.find_unused_parameters and not self.options.static_graph
         self._build()
 
     def _build(self) -> None:
@@ -99,33 +106,34 @@ class _Replica:
         import torch
         import torch.distributed as dist
 
-        group = self.strategy.mesh.group
-        state = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
+        state = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
         if state:
-            dist._broadcast_coalesced(group, state, 250 << 20, 0)
+            dist._broadcast_coalesced(self.strategy.mesh.group, state, _BROADCAST_BYTES, 0)
         self.trains = [parameter.requires_grad for parameter in self.model.parameters()]
-        self.anchor: nn.Parameter | None = None
         self.ddp: DistributedDataParallel | None = None
-        if any(self.trains):
-            self.anchor = torch.nn.Parameter(torch.zeros((), device=self.strategy.device))
-            self.ddp = self._wrap(self.anchor)
-            self.everything = _touch_all(self.ddp)
-            self.synced = False
+        if not any(self.trains):
+            return
+        self.anchor = torch.nn.Parameter(torch.zeros((), device=self.strategy.device))
+        self.ddp = self._wrap()
+        self.everything = _touch_all([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        self.first_static = self.options.static_graph
+        with _without_reducer_warning():
             self._rest()
 
-    def _wrap(self, anchor: nn.Parameter) -> DistributedDataParallel:
+    def _wrap(self) -> DistributedDataParallel:
         from torch import nn
         from torch.nn.parallel import DistributedDataParallel
 
         holder = nn.Module()
-        holder.model, holder.anchor = self.model, anchor
+        holder.model = self.model
+        if self.searches:
+            holder.anchor = self.anchor
         return DistributedDataParallel(
             holder,
             process_group=self.strategy.mesh.group,
-            broadcast_buffers=False,
             init_sync=False,
-            bucket_cap_mb=self.options.bucket_size,  # type: ignore[arg-type]
-            find_unused_parameters=self.options.find_unused_parameters and not self.options.static_graph,
+            bucket_cap_mb=self.options.bucket_size,
+            find_unused_parameters=self.searches,
             gradient_as_bucket_view=self.options.gradient_as_bucket_view,
             static_graph=self.options.static_graph,
         )
@@ -142,8 +150,8 @@ class _Replica:
             return loss
         reducer = self.ddp.reducer
         reducer._reset_state()
-        if exchange or self._first_static:
-            if alone:
+        if exchange or self.first_static:  # static_graph learns from one exchange, even in the middle of a window
+            if alone and self.searches:
                 loss = loss + self.anchor
             reducer._rebuild_buckets()
             reducer.prepare_for_forward()
@@ -152,64 +160,77 @@ class _Replica:
 
     def finish(self, exchange: bool) -> None:
         """After backward: what static_graph still owes, the buffers, and back to rest."""
-        if self.ddp is None or self.anchor is None:
+        if self.ddp is None:
             return
-        if self._first_static:
+        if self.first_static:
             self.ddp.reducer._delay_all_reduce()
-            self.synced = True
-        self.anchor.grad = None
+            self.first_static = False
         if exchange:
             self._broadcast_buffers()
         self._rest()
 
     def check_exchanged(self) -> None:
         """Raise PrepareError if a bare backward left gradients that were not exchanged."""
-        if self.ddp is None or self.anchor is None:
+        if self.ddp is None:
             return
         try:
             self.ddp.reducer._check_reducer_finalized()
-        except RuntimeError as error:
-            raise PrepareError(
-                "loss.backward(): a bare loss.backward() used only some of the model's parameters, so their gradients "
-                "were not exchanged; call accelerator.backward(loss), which sees what the loss uses"
-            ) from error
-        self.anchor.grad = None
+        except RuntimeError:
+            self._refuse_bare_backward("used only some of the model's parameters, so their gradients were not exchanged")
+        if self.options.static_graph:
+            self._refuse_bare_backward("is not seen by strategies.ddp.static_graph")
         self._broadcast_buffers()
         self._rest()
 
-    @property
-    def _first_static(self) -> bool:
-        """Whether static_graph has yet to see its one step; it is exchanged even in the middle of a window."""
-        return self.options.static_graph and not self.synced
+    def _refuse_bare_backward(self, reason: str) -> NoReturn:
+        raise PrepareError(
+            f"loss.backward(): a bare loss.backward() {reason}; call accelerator.backward(loss), which sees what the loss uses"
+        ) from None
 
     def _rest(self) -> None:
         """Expect a gradient for every parameter, from whatever backward comes next."""
+        self.anchor.grad = None
         if not self.options.static_graph:
             self._expect(self.everything)
 
     def _expect(self, root: Tensor) -> None:
         assert self.ddp is not None
-        roots = [root] if self.ddp.find_unused_parameters else []
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            self.ddp.reducer.prepare_for_backward(roots)
+        self.ddp.reducer.prepare_for_backward([root] if self.searches else [])
 
     def _broadcast_buffers(self) -> None:
         import torch.distributed as dist
 
-        buffers = [buffer for buffer in self.model.buffers() if buffer is not None]
+        buffers = list(self.model.buffers())
         if buffers and self.options.broadcast_buffers and self.model.training:
-            dist._broadcast_coalesced(self.strategy.mesh.group, buffers, 250 << 20, 0)
+            dist._broadcast_coalesced(self.strategy.mesh.group, buffers, _BROADCAST_BYTES, 0)
 
 
-def _touch_all(module: nn.Module) -> Tensor:
+def _touch_all(parameters: list[nn.Parameter]) -> Tensor:
     """A tensor whose graph reaches every parameter; never computed with."""
     import torch
 
     class Everything(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-            return parameters[0].new_zeros(())
+        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            return inputs[0].new_zeros(())
 
-    result: Tensor = Everything.apply(*(p for p in module.parameters() if p.requires_grad))
+    result: Tensor = Everything.apply(*parameters)
     return result
+
+
+@contextlib.contextmanager
+def _without_reducer_warning() -> Iterator[None]:
+    """Keep the reducer from advising, once a process, to turn off the search for unused parameters.
+
+    It writes straight to file descriptor 2, past Python's warnings; nothing else writes there meanwhile.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
