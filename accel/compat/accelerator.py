@@ -93,9 +93,13 @@ class Accelerator(core.Accelerator):
 
 def translate(config: Config, given: Mapping[str, Any], objects: Mapping[str, Translation | None]) -> Config:
     """The config with an `Accelerator`'s arguments over it: plain settings, and objects that stand for some."""
+    if not isinstance(config, Config):
+        raise ConfigError(f"Accelerator: expected a Config, or settings by name, got {config!r}")
     for name, value in objects.items():
         if value is not None and not isinstance(value, Translation):
-            raise ConfigError(f"{name}: expected one of accel's own objects, got {type(value).__module__}.{type(value).__name__}")
+            raise ConfigError(
+                f"{name}: expected one of accel's own objects, got {type(value).__module__}.{type(value).__name__}"
+            )
     present = [value for value in objects.values() if value is not None]
     decided = [(type(value).__name__, value.settings()) for value in present if not isinstance(value, PluginOptions)]
     config = config.replace(**combine([("Accelerator", given), *decided]))
@@ -118,11 +122,15 @@ def _trackers(log_with: Any) -> list[Any]:
 
 def _refuse(device_placement: bool, step_scheduler: bool, rng_types: Sequence[str] | None) -> None:
     if not device_placement:
-        raise ConfigError("device_placement: False cannot be honoured: prepared models and batches are always moved to the device")
+        raise ConfigError(
+            "device_placement: False cannot be honoured: prepared models and batches are always moved to the device"
+        )
     if not step_scheduler:
-        raise ConfigError("step_scheduler_with_optimizer: False cannot be honoured; keep the scheduler out of prepare()")
+        raise ConfigError(
+            "step_scheduler_with_optimizer: False cannot be honoured; keep the scheduler out of prepare()"
+        )
     if rng_types is not None and [str(name) for name in rng_types] != ["generator"]:
         raise ConfigError(
-            f"rng_types: {list(rng_types)!r} cannot be honoured, only ['generator']: shuffling agrees on all processes, "
-            "and their other generators are their own; accel.utils.set_seed seeds them alike"
+            f"rng_types: {list(rng_types)!r} cannot be honoured, only ['generator']: shuffling agrees on all "
+            "processes, and their other generators are their own; accel.utils.set_seed seeds them alike"
         )

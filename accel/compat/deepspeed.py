@@ -23,7 +23,10 @@ _ADVICE = {
 
 
 def read_deepspeed(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The settings that a DeepSpeed config stands for; "auto" says nothing. Raises ConfigError naming what it cannot."""
+    """The settings that a DeepSpeed config stands for; "auto" says nothing.
+
+    Raises ConfigError naming all that cannot be honoured.
+    """
     sections = _known(_read(config))
     settings: dict[str, Any] = {}
     zero = sections.pop("zero_optimization", {})

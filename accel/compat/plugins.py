@@ -64,7 +64,9 @@ class DeepSpeedPlugin(Translation):
 
     hf_ds_config: Any = None
     gradient_accumulation_steps: int | None = becomes("gradient_accumulation_steps")
-    gradient_clipping: float | str | None = only(None, "call accelerator.clip_grad_norm_ before optimizer.step()", "auto")
+    gradient_clipping: float | str | None = only(
+        None, "call accelerator.clip_grad_norm_ before optimizer.step()", "auto"
+    )
     zero_stage: int | None = None
     is_train_batch_min: bool = only(True, "a loader's own batch size counts", False)
     offload_optimizer_device: str | None = only(None, _NO_OFFLOAD, "none")
@@ -81,11 +83,13 @@ class DeepSpeedPlugin(Translation):
         """`{"strategies": {"zero2": {}}, ...}`; stage 0 is `ddp`, and stage 2 is the default."""
         own, file = super().settings(), read_deepspeed(self.hf_ds_config)
         if self.zero_stage is not None or "strategies" not in file:
-            own["strategies"] = zero_strategy(2 if self.zero_stage is None else self.zero_stage, "DeepSpeedPlugin.zero_stage")
+            own["strategies"] = zero_strategy(
+                2 if self.zero_stage is None else self.zero_stage, "DeepSpeedPlugin.zero_stage"
+            )
         for key in own.keys() & file.keys():
             if own[key] != file[key]:
                 raise ConfigError(
-                    f"DeepSpeedPlugin: {key} is {own[key]!r} by its arguments and {file[key]!r} by hf_ds_config; keep one"
+                    f"DeepSpeedPlugin: {key} is {own[key]!r} by argument and {file[key]!r} by hf_ds_config; keep one"
                 )
         return {**file, **own}
 
@@ -118,7 +122,17 @@ class FullyShardedDataParallelPlugin(Translation):
     def settings(self) -> dict[str, Any]:
         """`{"strategies": {"zero3": {}}}` where parameters are freed after forward, else `zero2`; NO_SHARD is `ddp`."""
         asked = self.reshard_after_forward if self.sharding_strategy is None else self.sharding_strategy
-        names = {"FULL_SHARD": 3, "1": 3, "TRUE": 3, "NONE": 3, "SHARD_GRAD_OP": 2, "2": 2, "FALSE": 2, "NO_SHARD": 0, "3": 0}
+        names = {
+            "FULL_SHARD": 3,
+            "1": 3,
+            "TRUE": 3,
+            "NONE": 3,
+            "SHARD_GRAD_OP": 2,
+            "2": 2,
+            "FALSE": 2,
+            "NO_SHARD": 0,
+            "3": 0,
+        }
         name = str(getattr(asked, "name", asked)).upper()
         if name not in names:
             raise ConfigError(

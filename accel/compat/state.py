@@ -35,7 +35,7 @@ class DistributedType(StrEnum):
 
 
 class PartialState(Process):
-    """This process's place among all, and its dealings with them; all ranks make one, before or after an `Accelerator`."""
+    """This process's place among all, and its dealings with them; made by all ranks."""
 
     def __init__(self, cpu: bool = False) -> None:
         self.world = World.from_environment()
@@ -43,7 +43,7 @@ class PartialState(Process):
         device = Plan.of(config.replace(device="cpu") if cpu else config).find_device().plugin()
         self.device = device.select(self.world.local_rank)
         if self.world.size > 1:
-            self.world.connect(device.collectives)
+            self.world.connect(device.collectives, config.timeout)
 
     def data_group(self) -> ProcessGroup | None:
         return self.world.group()

@@ -1,4 +1,4 @@
-"""How another library's object becomes plain settings of ours: each field says which setting it is, or what it must be."""
+"""How another library's objects become settings of ours: each field says which one it is, or what it must be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def becomes(setting: str) -> Any:
 
 
 def only(value: Any, because: str, *others: Any) -> Any:
-    """A field that may only have this value, or one of `others`: another could not be honoured, and `because` says why."""
+    """A field that may only have this value, or one of `others`; `because` says why no other can be honoured."""
     return field(default=value, metadata={"allowed": (value, *others), "because": because})
 
 
