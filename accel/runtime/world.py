@@ -14,9 +14,6 @@ from torch.distributed import ProcessGroup
 
 from ..errors import LaunchError
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for the other processes before it fails."""
-
 
 @dataclass(frozen=True)
 class World:
@@ -46,14 +43,17 @@ class World:
         local_rank = int(environ.get("LOCAL_RANK", rank))
         return cls(rank, size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", size)))
 
-    def connect(self, backend: str) -> None:
-        """Join the process group, once; all ranks. A world of one makes a group of itself."""
+    def connect(self, backend: str, timeout: float) -> None:
+        """Join the process group, once; all ranks. A world of one makes a group of itself.
+
+        `timeout` is in seconds: how long a collective call waits for the other processes before it fails.
+        """
         if dist.is_initialized():
             return
         if self.size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout))
         atexit.register(leave)
 
     def group(self) -> ProcessGroup | None:
