@@ -189,12 +189,12 @@ def _reap(workers: Sequence[_Worker]) -> None:
 
 def _fork(request: Request, rank: int, port: int, control: Connection, output: Sequence[int]) -> _Worker:
     ours, theirs = Pipe()
-    stacks = tempfile.TemporaryFile()
+    stacks = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
     pid = os.fork()
     if pid:
         os.setpgid(pid, pid)  # in both processes: whichever comes first
         theirs.close()
-        return _Worker(rank, pid, ours, stacks)  # type: ignore[arg-type]
+        return _Worker(rank, pid, ours, stacks)
     try:
         os.setpgid(0, 0)
         _end_with_parent()
