@@ -68,7 +68,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "test_leaks.py").write_text(LEAKS)
     (folder / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--tb=no", str(folder)]
-    environment = {**os.environ, "ACCEL_LOSES": "1", "PYTEST_ADDOPTS": "-o markers=gpu:needs-CUDA"}
+    environment = {**os.environ, "ACCEL_LOSES": "1", "COLUMNS": "200", "PYTEST_ADDOPTS": "-o markers=gpu:needs-CUDA"}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=folder.parent, env=environment, timeout=60
     ).stdout

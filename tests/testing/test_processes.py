@@ -247,7 +247,7 @@ import os, sys, time
 from accel.testing import Processes
 
 def work():
-    os.write(1, b"%d %d\n" % (os.getpid(), os.getppid()))
+    os.write(1, b"%d %d\\n" % (os.getpid(), os.getppid()))
     time.sleep(60)
 
 if __name__ == "__main__":
