@@ -24,6 +24,11 @@ from .data.read import IterableReader, MapReader, Reading, Start
 from .data.share import Cut, Share, weight
 from .data.transfer import moved
 
+_IN_ORDER = (
+    "a prepared loader yields batches in order although the DataLoader says in_order=False: only so are all processes "
+    "at the same batch"
+)
+
 
 @dataclass
 class _Position:
@@ -47,17 +52,21 @@ class _Position:
     share: Share | None = None
     """That of the batch in the user's hands."""
 
-    def begin(self, skip: int) -> Start:
-        if skip or not self.resume:
+    def begin(self, skip: int | None) -> Start:
+        if skip is not None or not self.resume:
             self.rewind()
         self.epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
         self.inside, self.resume = True, False
-        return Start(self.seed, self.epoch, tuple(self.samples), self.turn, skip)
+        return Start(self.seed, self.epoch, tuple(self.samples), self.turn, skip or 0)
 
     def advance(self, share: Share) -> None:
         self.share = share
         self.samples[share.stream] = share.end
         self.turn = (share.stream + 1) % len(self.samples)
+
+    def go_to(self, seed: int, epoch: int, samples: list[int], turn: int) -> None:
+        self.seed, self.next_epoch, self.samples, self.turn = seed, epoch, samples, turn
+        self.inside, self.resume = False, True
 
     def rewind(self) -> None:
         self.samples, self.turn = [0] * len(self.samples), 0
@@ -88,6 +97,8 @@ class PreparedLoader(DataLoader[Any]):
         active: list[PreparedLoader] | None = None,
     ) -> None:
         refuse(loader)
+        if not loader.in_order and loader.num_workers and index == 0:
+            warnings.warn(_IN_ORDER, stacklevel=3)
         config = config or Config()
         self.base_dataloader = loader
         self._config, self._device, self._size, self._index = config, device, size, index
@@ -99,10 +110,10 @@ class PreparedLoader(DataLoader[Any]):
         streams = max(1, loader.num_workers) if iterable else 1
         self._position = _Position(seed_of(loader, config.data_seed), [0] * streams)
         self._reader = None if self._group and index else self._make_reader()
-        self._skip = 0
+        self._skip: int | None = None
 
-    def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        skip, self._skip = self._skip, None
         position = self._position
         start = position.begin(skip)
         self._active.append(self)
@@ -132,8 +143,8 @@ class PreparedLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that of `epoch`. Without it, each iteration is one epoch further."""
-        if not (self._position.resume and epoch == self._position.next_epoch):
-            self._position.resume = False
+        if not self._position.inside and epoch != self._position.next_epoch:
+            self._position.rewind()
         self._position.next_epoch = epoch
 
     @property
@@ -207,8 +218,7 @@ class PreparedLoader(DataLoader[Any]):
                 f"a loader's state is that of {len(samples)} streams of data, this loader has {streams}; an iterable "
                 "dataset goes on only with the same num_workers"
             )
-        resumed = {"next_epoch": state["epoch"], "epoch": state["epoch"], "resume": True}
-        self._position.__dict__.update(seed=state["seed"], samples=samples, turn=state["turn"], inside=False, **resumed)
+        self._position.go_to(state["seed"], state["epoch"], samples, state["turn"])
 
     def _read(self, start: Start) -> Iterator[tuple[Share, Any]]:
         batches = self._reader.read(start) if self._reader else None
@@ -252,10 +262,4 @@ def refuse(loader: DataLoader[Any]) -> None:
         raise PrepareError(
             f"prepare: the dataset is a data pipe ({type(loader.dataset).__name__}), which torch divides among "
             "processes in its own way; use a Dataset or an IterableDataset"
-        )
-    if not loader.in_order:
-        warnings.warn(
-            "a prepared loader yields batches in order although the DataLoader says in_order=False: only so are all "
-            "processes at the same batch",
-            stacklevel=4,
         )

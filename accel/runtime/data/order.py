@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy
 import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -67,7 +66,8 @@ class Order:
 
     def __len__(self) -> int:
         """Items of an epoch's sequence; raises TypeError where the sampler has no length."""
-        return len(self.sampler.dataset if type(self.sampler) is DistributedSampler else self.sampler)
+        items: Any = self.sampler.dataset if type(self.sampler) is DistributedSampler else self.sampler
+        return len(items)
 
     def blocks(self, seed: int, epoch: int, skip: int) -> Iterator[list[list[Any]]]:
         """The blocks of all processes for each global batch of an epoch, after its first `skip` samples."""
@@ -78,7 +78,7 @@ class Order:
             return self.cut.blocks(sampler, skip)
         if type(self.sampler) is DistributedSampler:
             return self.cut.blocks(_undistributed(self.sampler, epoch), skip)
-        if type(self.sampler) is SequentialSampler:
+        if isinstance(self.sampler, SequentialSampler | list | tuple | range):
             return self.cut.blocks(self.sampler, skip)
         set_epoch(self.sampler, epoch)
         return apart(lambda: self.cut.blocks(self.sampler, skip), draw, self._generators)
@@ -154,6 +154,6 @@ def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
 
 def _undistributed(sampler: DistributedSampler[Any], epoch: int) -> DistributedSampler[Any]:
     """The same sampler for a single process: the sequence that all its replicas together divide among them."""
-    whole = DistributedSampler(sampler.dataset, 1, 0, sampler.shuffle, sampler.seed)
+    whole: DistributedSampler[Any] = DistributedSampler(sampler.dataset, 1, 0, sampler.shuffle, sampler.seed)
     whole.set_epoch(epoch)
     return whole

@@ -148,7 +148,7 @@ class IterableReader:
         self._random = torch.Generator()
         self._start = torch.zeros(3 + max(1, loader.num_workers), dtype=torch.int64)
         if loader.num_workers:
-            self._start.share_memory_()
+            self._start.share_memory_()  # type: ignore[no-untyped-call]
         self._inner: DataLoader[Any] = DataLoader(
             _Stream(loader.dataset, reading, self._start),
             batch_size=None,
@@ -174,7 +174,7 @@ class _Stream(IterableDataset[Any]):
         self.dataset = dataset
         self._reading = reading
         self._start = start
-        """Seed, epoch, turn and each stream's samples: in shared memory, because persistent workers outlive an epoch."""
+        """Seed, epoch, turn, each stream's samples: in shared memory, because persistent workers outlive an epoch."""
 
     def __iter__(self) -> Iterator[tuple[Share, Blocks] | None]:
         info = get_worker_info()
@@ -196,7 +196,7 @@ class _Collate:
     collate: Callable[[Any], Any]
     single: bool
 
-    def __call__(self, item: tuple[Share, Blocks] | None) -> Batches | None:
+    def __call__(self, item: Any) -> Batches | None:
         if item is None:
             return None
         share, blocks = item

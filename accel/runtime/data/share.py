@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from torch.utils.data import BatchSampler, DataLoader
@@ -99,7 +99,7 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     """Contiguous blocks whose lengths differ by at most one, the longer ones first."""
     length, longer = divmod(len(items), parts)
     starts = [place * length + min(place, longer) for place in range(parts + 1)]
-    return [list(items[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+    return [list(items[start:end]) for start, end in pairwise(starts)]
 
 
 def shared(blocks: Iterable[list[list[T]]], start: int, stream: int = 0) -> Iterator[tuple[Share, list[list[T]]]]:

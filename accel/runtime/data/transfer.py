@@ -31,7 +31,7 @@ def moved(batches: Iterable[tuple[Any, T]], device: torch.device | None) -> Iter
 
 
 def _ahead(batches: Iterable[tuple[Any, T]], device: torch.device) -> Iterator[tuple[Any, T]]:
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     ready: tuple[Any, T, torch.cuda.Event] | None = None
     for share, batch in batches:
         with torch.cuda.stream(stream):
@@ -73,7 +73,7 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
         elements = [_map(item, function) for item in value]
         return type(value)(*elements) if hasattr(value, "_fields") else type(value)(elements)
     if isinstance(value, list):
-        clone = copy.copy(value)
+        clone: Any = copy.copy(value)
         clone[:] = [_map(item, function) for item in value]
         return clone
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
