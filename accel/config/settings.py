@@ -22,7 +22,7 @@ class Config:
     device: Choice | None = setting(None, plugin="device")
     """The hardware that each process drives; by default the best that this machine has."""
 
-    mixed_precision: Choice = setting(Choice(name="fp32"), plugin="precision")
+    mixed_precision: Choice = setting(Choice(name="fp32"), plugin="precision", no=True)
     """The numbers that forward and backward compute in; `no` is fp32."""
 
     strategies: tuple[Choice, ...] = setting((Choice(name="ddp"),), plugin="strategy")
