@@ -187,7 +187,10 @@ class Accelerator(Training):
         )
 
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
-        """Start the trackers that the config names; `config` holds the run's hyper-parameters. Main process only acts."""
+        """Start the trackers that the config names; `config` holds the run's hyper-parameters.
+
+        Called by all ranks or by the main process alone, which is the only one to act.
+        """
         if self.is_main_process:
             for part in self.plan.trackers:
                 tracker: Tracker = part.plugin(part.options, Path(self.config.project_dir))

@@ -119,7 +119,7 @@ class Training(Process):
             self._settle_models("backward")
         if any(part.unscaled for part in self._optimizer_parts):
             raise PrepareError(
-                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled gradient "
+                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled one "
                 "would come on top; call every backward of a step before clipping"
             )
         factor = self._loss_factor()
@@ -235,10 +235,12 @@ class Training(Process):
         elif self.precision.scales_loss:
             reason = f"mixed_precision: {self.config.mixed_precision.name} scales the loss"
         elif self.world.size > 1 and any(loader.uneven is not False for loader in self._active):
-            reason = "the last batch of this loader may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
+            reason = "the last batch may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
         else:
             return
-        raise PrepareError(f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)")
+        raise PrepareError(
+            f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)"
+        )
 
     def _before_step(self, part: OptimizerPart) -> None:
         self._verify(part)
@@ -250,7 +252,9 @@ class Training(Process):
             for model in self._models:
                 strategy.after_step(model)
         if self.precision.scales_loss:
-            self.precision.update([o for o in self._optimizer_parts if not (o.spent or o.unscaled) and o.has_gradients()])
+            self.precision.update(
+                [o for o in self._optimizer_parts if not (o.spent or o.unscaled) and o.has_gradients()]
+            )
 
     def _verify(self, part: OptimizerPart) -> None:
         """Raise PrepareError if the optimizer steps parameters that nobody exchanges or converts."""
