@@ -13,6 +13,7 @@ import ctypes
 import importlib.util
 import io
 import os
+import re
 import sys
 import threading
 import time
@@ -30,6 +31,8 @@ from .failures import Failure
 
 _PACKAGE = str(Path(__file__).parent.parent)
 _LAUNCH = str(Path(__file__).parent)
+_RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
+"""What torch.distributed's own hook writes before each line of a traceback; the report names the rank once."""
 
 
 def run(command: Command, config: Config, rank: int, report: int, agent: int, timeout: float) -> NoReturn:
@@ -126,18 +129,16 @@ def _result(error: BaseException) -> tuple[int, str]:
 
 def _describe(error: BaseException) -> str:
     """The traceback, as the user's code made it; of our own errors only the message and the user's lines."""
-    trace = _users_part(error.__traceback__)
-    if sys.excepthook is not sys.__excepthook__:
-        with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.suppress(Exception):
-            sys.excepthook(type(error), error, trace)  # a library's own way of showing errors, or of noting them
-        if text := shown.getvalue().strip("\n"):
-            return text
-    told = traceback.TracebackException(type(error), error, trace)
+    error.__traceback__ = _users_part(error.__traceback__)
     if isinstance(error, AccelError):
+        told = traceback.TracebackException.from_exception(error)
         told.stack = traceback.StackSummary.from_list(f for f in told.stack if not f.filename.startswith(_PACKAGE))
-        if not told.stack:
-            return f"accel: {error}"
-    return "".join(told.format()).rstrip("\n")
+        return "".join(told.format()) if told.stack else f"accel: {error}"
+    with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.suppress(Exception):
+        sys.excepthook(type(error), error, error.__traceback__)  # perhaps a library's, which also notes the failure
+    if text := shown.getvalue():
+        return _RANK.sub("", text)
+    return "".join(traceback.format_exception(error))
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
