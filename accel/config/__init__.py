@@ -1,23 +1,32 @@
 """Every setting of a run: its name, type, default and meaning, and the ways in which it is given.
 
-`settings` declares them, `parse` checks plain values against a declaration, `sources` layers defaults, file,
-environment, flags and arguments. Nothing else in accel has defaults, and nothing else reads `ACCEL_*` variables.
+`settings` declares them, `parse` checks plain values against a declaration, `text` reads and writes them as YAML,
+`sources` layers defaults, file, environment, flags and arguments. Nothing else in accel has defaults, and nothing
+else reads `ACCEL_*` variables.
 """
 
-from .parse import Choice, Setting, describe, parse_dataclass, setting
+from .parse import Choice, Setting, describe, parse_dataclass, parse_setting, setting, type_name
 from .settings import Config
-from .sources import CONFIG_VARIABLE, Resolved, default_path, read_file, resolve
+from .sources import CONFIG_VARIABLE, FILE_VARIABLE, Resolved, default_path, read_file, resolve, variable
+from .text import load_value, one_line, render
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "FILE_VARIABLE",
     "Choice",
     "Config",
     "Resolved",
     "Setting",
     "default_path",
     "describe",
+    "load_value",
+    "one_line",
     "parse_dataclass",
+    "parse_setting",
     "read_file",
+    "render",
     "resolve",
     "setting",
+    "type_name",
+    "variable",
 ]

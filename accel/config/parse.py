@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -43,11 +44,20 @@ class Setting:
     meaning: str
     minimum: float | None
     plugin: str | None
+    no: bool
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default, so that it must be given."""
+        return self.default is dataclasses.MISSING
 
 
-def setting(default: Any, *, minimum: float | None = None, plugin: str | None = None) -> Any:
-    """A dataclass field with a default, and optionally its smallest value or the kind of plugin that it names."""
-    metadata = {"minimum": minimum, "plugin": plugin}
+def setting(default: Any, *, minimum: float | None = None, plugin: str | None = None, no: bool = False) -> Any:
+    """A dataclass field with a default; optionally its smallest value, or the kind of plugin that it names.
+
+    `no=True` lets an explicit `no` (or false, as which YAML reads it) stand for the default.
+    """
+    metadata = {"minimum": minimum, "plugin": plugin, "no": no}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -65,6 +75,7 @@ def describe(cls: type) -> tuple[Setting, ...]:
             meaning=meanings.get(f.name, ""),
             minimum=f.metadata.get("minimum"),
             plugin=f.metadata.get("plugin"),
+            no=f.metadata.get("no", False),
         )
         for f in dataclasses.fields(cls)
     )
@@ -82,11 +93,25 @@ def parse_dataclass(cls: type, values: Any, path: str = "") -> Any:
         where = f"{path}.{name}" if path else str(name)
         if name not in known:
             raise ConfigError(f"{where}: no such setting; {_suggest(str(name), list(known))}")
-        parsed[name] = _parse_setting(known[name], value, where)
+        parsed[name] = parse_setting(known[name], value, where)
+    for name in known.keys() - parsed.keys():
+        if known[name].required:
+            raise ConfigError(f"{path}.{name}: must be given, as {type_name(known[name].type)}; it has no default")
     try:
         return cls(**parsed)
     except ConfigError as error:
         raise ConfigError(f"{path}.{error}") if path else error from None
+
+
+def parse_setting(declared: Setting, value: Any, path: str) -> Any:
+    """A plain YAML value as the type that a setting declares. Raises ConfigError that begins with `path`."""
+    if declared.no and (value is False or value == "no"):
+        return declared.default
+    parsed = _parse(declared.type, value, path)
+    number = isinstance(parsed, (int, float))
+    if declared.minimum is not None and number and not parsed >= declared.minimum:  # not >=, for NaN
+        raise ConfigError(f"{path}: must be at least {declared.minimum:g}, got {value!r}")
+    return parsed
 
 
 def type_name(hint: Any) -> str:
@@ -97,7 +122,10 @@ def type_name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("nothing" if a is type(None) else type_name(a) for a in arguments)
     if origin in (tuple, list):
-        return f"list of {type_name(arguments[0])}"
+        if arguments[0] is Choice:
+            return "plugin name, or several as a list or as a mapping of names to options"
+        many = origin is list or arguments[-1] is Ellipsis
+        return f"list of {type_name(arguments[0])}" if many else f"list of {len(arguments)} values"
     if origin in (dict, Mapping):
         return "mapping"
     if hint is Choice:
@@ -112,15 +140,6 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"there are: {', '.join(known)}" if known else "it has no settings"
 
 
-def _parse_setting(declared: Setting, value: Any, path: str) -> Any:
-    if declared.plugin and (value is False or value == "no"):  # YAML reads an unquoted `no` as false
-        return declared.default
-    parsed = _parse(declared.type, value, path)
-    if declared.minimum is not None and parsed is not None and parsed < declared.minimum:
-        raise ConfigError(f"{path}: must be at least {declared.minimum:g}, got {value!r}")
-    return parsed
-
-
 def _parse(hint: Any, value: Any, path: str) -> Any:
     """`value` as the type `hint`; raises ConfigError naming `path` if it is not one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -132,8 +151,8 @@ def _parse(hint: Any, value: Any, path: str) -> Any:
         return _parse_union(hint, value, path)
     if origin is Literal and value in arguments and type(value) in {type(a) for a in arguments}:
         return value
-    if origin is tuple:
-        return _parse_sequence(arguments[0], value, path)
+    if origin in (tuple, list):
+        return origin(_parse_sequence(hint, value, path))
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -150,17 +169,18 @@ def _parse_float(value: Any, path: str) -> float:
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     raise ConfigError(f"{path}: expected float, got {value!r}")
 
 
 def _parse_union(hint: Any, value: Any, path: str) -> Any:
-    for option in typing.get_args(hint):
-        if option is type(None):
-            if value is None:
-                return None
-            continue
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if value is None and len(options) < len(typing.get_args(hint)):
+        return None
+    if len(options) == 1:
+        return _parse(options[0], value, path)  # its own error says more than that of the union
+    for option in options:
         try:
             return _parse(option, value, path)
         except ConfigError:
@@ -168,16 +188,20 @@ def _parse_union(hint: Any, value: Any, path: str) -> Any:
     raise ConfigError(f"{path}: expected {type_name(hint)}, got {value!r}")
 
 
-def _parse_sequence(item: Any, value: Any, path: str) -> tuple[Any, ...]:
+def _parse_sequence(hint: Any, value: Any, path: str) -> list[Any]:
     """A list; for plugins also a single name, or a mapping of names to options."""
-    if item is Choice:
+    items = typing.get_args(hint)
+    if items[0] is Choice:
         if isinstance(value, Mapping):
             value = [{name: options} for name, options in value.items()]
         elif isinstance(value, (str, Choice)):
             value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{path}: expected {type_name(tuple[item, ...])}, got {value!r}")
-    return tuple(_parse(item, v, path if item is Choice else f"{path}[{i}]") for i, v in enumerate(value))
+    if typing.get_origin(hint) is list or items[-1] is Ellipsis:
+        items = items[:1] * (len(value) if isinstance(value, (list, tuple)) else 0)
+    if not isinstance(value, (list, tuple)) or len(value) != len(items):
+        raise ConfigError(f"{path}: expected {type_name(hint)}, got {value!r}")
+    where = [path if item is Choice else f"{path}[{i}]" for i, item in enumerate(items)]
+    return [_parse(*each) for each in zip(items, value, where, strict=True)]
 
 
 def _parse_choice(value: Any, path: str) -> Choice:
@@ -199,11 +223,11 @@ def _meanings(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__[:-1]):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError):
+        except (OSError, TypeError, SyntaxError):  # made at run time, or not to be dedented: it has no help, but works
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for line, below in zip(body, body[1:], strict=False):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                    found[line.target.id] = inspect.cleandoc(str(below.value.value))
+        for line, below in itertools.pairwise(body):
+            match line, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                    found[name] = inspect.cleandoc(meaning)
     return found

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError
+from .parse import describe
 from .settings import Config
+from .text import load, load_value
 
 CONFIG_VARIABLE = "ACCEL_CONFIG"
 """Carries the whole config from a launcher to its workers, as YAML text."""
@@ -39,13 +39,12 @@ def default_path(environ: Mapping[str, str] = os.environ) -> Path:
 def read_file(path: Path | str) -> dict[str, Any]:
     """The plain values in a YAML file. Raises ConfigError if it cannot be read or is not a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        text = Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `accel config --config_file {path}` writes it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    values = load(text, str(path))
     if not isinstance(values, Mapping) and values is not None:
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}: {values!r:.60}")
     return dict(values or {})
@@ -60,12 +59,29 @@ def resolve(
     plain YAML values by setting. Raises ConfigError, naming the layer in which a value is wrong.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = []
-    if file is not None or FILE_VARIABLE in environ or default_path(environ).exists():
+    if file is not None or environ.get(FILE_VARIABLE) or default_path(environ).exists():
         path = file or default_path(environ)
         layers.append((str(path), read_file(path)))
-    for name, text in _from_environment(environ).items():
-        layers.append((f"environment {_variable(name)}", {name: text}))
+    layers.extend(_environment(environ))
     layers.extend((f"flag --{name}", {name: value}) for name, value in (flags or {}).items())
+    return _resolve_layers(layers)
+
+
+def current(environ: Mapping[str, str]) -> Config:
+    """The config of a worker process: a launcher's, else file and environment as far as they are named."""
+    if text := environ.get(CONFIG_VARIABLE):
+        return Config.parse(load(text, f"environment {CONFIG_VARIABLE}"))
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if path := environ.get(FILE_VARIABLE):
+        layers.append((path, read_file(path)))
+    layers.extend(_environment(environ))
+    world_size = load(environ.get("WORLD_SIZE") or "1", "environment WORLD_SIZE")
+    layers.append(("environment WORLD_SIZE", {"num_processes": world_size}))
+    return _resolve_layers(layers).config
+
+
+def _resolve_layers(layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """Later layers win, setting by setting; each is checked alone, so that an error can name it."""
     values: dict[str, Any] = {}
     origins = dict.fromkeys((f.name for f in fields(Config)), "default")
     for origin, layer in layers:
@@ -78,20 +94,14 @@ def resolve(
     return Resolved(Config.parse(values), origins)
 
 
-def current(environ: Mapping[str, str]) -> Config:
-    """The config of a worker process: a launcher's, else file and environment as far as they are named."""
-    if text := environ.get(CONFIG_VARIABLE):
-        return Config.parse(yaml.safe_load(text))
-    values = read_file(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else {}
-    values.update(_from_environment(environ))
-    return Config.parse({**values, "num_processes": int(environ.get("WORLD_SIZE", "1"))})
-
-
-def _variable(name: str) -> str:
+def variable(name: str) -> str:
+    """The environment variable that gives a setting."""
     return f"ACCEL_{name.upper()}"
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Settings given as `ACCEL_<SETTING>=<YAML value>`."""
-    known = {_variable(f.name): f.name for f in fields(Config)}
-    return {known[key]: yaml.safe_load(text) for key, text in environ.items() if key in known and text}
+def _environment(environ: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One layer for each setting given as `ACCEL_<SETTING>=<YAML value>`."""
+    for declared in describe(Config):
+        if text := environ.get(variable(declared.name)):
+            origin = f"environment {variable(declared.name)}"
+            yield origin, {declared.name: load_value(declared, text, origin)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -63,8 +63,11 @@ class Precision:
         """
         return True, optimizer.step(closure)
 
-    def update(self) -> None:
-        """Called after a step once no optimizer holds scaled gradients: the moment at which a scale may change."""
+    def update(self, outstanding: Sequence[Steppable]) -> None:
+        """Called after each step: the moment at which a loss scale may change.
+
+        `outstanding` are the other optimizers that hold gradients made with the scale as it was.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this precision: plain numbers by name."""

@@ -89,12 +89,13 @@ class Strategy:
     def before_forward(self, model: nn.Module) -> None:
         """Called at the start of each outermost forward call of a prepared model."""
 
-    def before_backward(self, model: nn.Module, loss: Tensor, exchange: bool) -> None:
-        """Called before each backward pass that may reach the model.
+    def before_backward(self, model: nn.Module, loss: Tensor, exchange: bool) -> Tensor:
+        """Called before each backward pass that may reach the model; returns the loss to run it from.
 
         `exchange` says whether this pass must leave the gradients of the whole window exchanged; else they are
         only added up on each process.
         """
+        return loss
 
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
         """Called after each such backward pass."""
@@ -107,3 +108,6 @@ class Strategy:
 
     def after_step(self, model: nn.Module) -> None:
         """Called after an optimizer has changed parameters of the model."""
+
+    def release(self) -> None:
+        """Forget all models."""

@@ -1,0 +1,163 @@
+"""Collective calls over nested structures. All ranks of the group call each of them together.
+
+What the ranks bring is compared first, because torch does not: a mismatch hangs, aborts, or returns garbage.
+A group of None stands for a process on its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from ..errors import CollectiveError
+from .nested import leaves, map_tensors, tensors
+
+T = TypeVar("T")
+
+
+def is_tensors(value: Any) -> bool:
+    """Whether a value is made of tensors and containers of them alone, at least one."""
+    found = [leaf for _, leaf in leaves(value)]
+    return bool(found) and all(isinstance(leaf, Tensor) for leaf in found)
+
+
+def gather(value: Any, group: ProcessGroup | None) -> Any:
+    """Concatenate each tensor over the ranks along its first dimension; a scalar becomes a vector.
+
+    [B, ...] on each of n ranks -> [n * B, ...] on all. Raises CollectiveError where shapes or dtypes differ.
+    """
+    value = map_tensors(_whole, value)
+    _agree("gather", value, group, lambda t: (tuple(t.shape), t.dtype))
+    return map_tensors(lambda t: torch.cat(_all_gather(_vector(t), group)), value)
+
+
+def gather_counted(value: Any, counts: Sequence[int], group: ProcessGroup | None) -> Any:
+    """Like `gather`, but rank r brings `counts[r]` rows that matter; what else it brings is dropped."""
+    largest = max(max(counts), 1)
+
+    def collect(tensor: Tensor) -> Tensor:
+        padded = _padded(tensor, 0, largest) if tensor.shape[0] < largest else tensor[:largest]
+        parts = _all_gather(padded, group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    value = map_tensors(lambda t: _vector(_whole(t)), value)
+    _agree("gather_for_metrics", value, group, lambda t: (tuple(t.shape[1:]), t.dtype))
+    return map_tensors(collect, value)
+
+
+def reduce(
+    value: Any, group: ProcessGroup | None, reduction: Literal["mean", "sum", "none"] = "mean", scale: float = 1.0
+) -> Any:
+    """Sum or average each tensor over the ranks, times `scale`. Raises CollectiveError where shapes or dtypes differ."""
+    if reduction not in ("mean", "sum", "none"):
+        raise CollectiveError(f"reduce: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+    def combine(tensor: Tensor) -> Tensor:
+        result = tensor.detach().clone()
+        if group is not None and reduction != "none":
+            dist.all_reduce(result, group=group)
+        factor = scale / group.size() if group is not None and reduction == "mean" else scale
+        return result if factor == 1.0 else result * factor
+
+    value = map_tensors(_whole, value)
+    _agree("reduce", value, group, lambda t: (tuple(t.shape), t.dtype))
+    return map_tensors(combine, value)
+
+
+def pad_across_processes(
+    value: Any, group: ProcessGroup | None, dim: int = 0, pad_index: int = 0, pad_first: bool = False
+) -> Any:
+    """Pad each tensor along `dim` with `pad_index` to the longest of the ranks. Raises CollectiveError as `gather`."""
+
+    def pad(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= dim:
+            return tensor
+        sizes = gather_object(tensor.shape[dim], group)
+        return _padded(tensor, dim, max(sizes), pad_index, pad_first)
+
+    def shape(tensor: Tensor) -> Any:
+        others = [size for place, size in enumerate(tensor.shape) if place != dim % max(tensor.dim(), 1)]
+        return tensor.dim(), others, tensor.dtype
+
+    _agree("pad_across_processes", value, group, shape)
+    return map_tensors(pad, value)
+
+
+def broadcast(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
+    """What rank `source` of the group has, on all; tensors keep their device. Shapes and dtypes must agree."""
+
+    def send(tensor: Tensor) -> Tensor:
+        result = tensor.detach().clone().contiguous()
+        if group is not None:
+            dist.broadcast(result, group=group, group_src=source)
+        return result
+
+    _agree("broadcast", value, group, lambda t: (tuple(t.shape), t.dtype))
+    return map_tensors(send, value)
+
+
+def gather_object(value: T, group: ProcessGroup | None) -> list[T]:
+    """What each rank has, as a list by rank, on all ranks; anything that can be pickled."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def broadcast_object(value: T, group: ProcessGroup | None, source: int = 0) -> T:
+    """What rank `source` of the group has, on all ranks; anything that can be pickled."""
+    if group is None:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, group=group, group_src=source)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def _agree(call: str, value: Any, group: ProcessGroup | None, facts: Callable[[Tensor], Any]) -> None:
+    """Raise CollectiveError on every rank, with what each brought, unless the facts of all tensors are the same."""
+    brought = [f"{path}: {facts(tensor)}" for path, tensor in tensors(value)]
+    if not brought:
+        raise CollectiveError(f"{call}: expected tensors, or containers of them, got {type(value).__name__}")
+    if group is None:
+        return
+    first = next(tensor for _, tensor in tensors(value))
+    checksum = torch.tensor([zlib.crc32("\n".join(brought).encode())], device=first.device)
+    if len({int(c) for c in torch.cat(_all_gather(checksum, group)).tolist()}) > 1:
+        each = "; ".join(f"rank {rank} has {', '.join(b)}" for rank, b in enumerate(gather_object(brought, group)))
+        raise CollectiveError(f"{call}: the processes brought different tensors: {each}")
+
+
+def _all_gather(tensor: Tensor, group: ProcessGroup | None) -> list[Tensor]:
+    if group is None:
+        return [tensor]
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1) if tensor.dim() == 0 else tensor
+
+
+def _padded(tensor: Tensor, dim: int, length: int, fill: float = 0, first: bool = False) -> Tensor:
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    padding = tensor.new_full(shape, fill)
+    return torch.cat([padding, tensor] if first else [tensor, padding], dim)

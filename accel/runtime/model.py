@@ -1,0 +1,112 @@
+"""A prepared model: the user's own object, whose forward runs in the run's precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..interfaces.precision import Precision
+from ..interfaces.strategy import Strategy
+from .adopt import Adopted, Part, adopt, part_of
+from .gradients import Arrivals
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class ModelPart(Part):
+    """What accel knows of one prepared model. `replaced` maps the id of a parameter before setup to the one after."""
+
+    def __init__(self, strategies: Sequence[Strategy], precision: Precision) -> None:
+        super().__init__()
+        self.strategies, self.precision = strategies, precision
+        self.replaced: dict[int, nn.Parameter] = {}
+        self.owned: set[int] = set()
+        self.arrivals = Arrivals()
+        self.exchange_off = 0
+        self._depth = 0
+
+    def setup(self, model: nn.Module, device: torch.device, watch: bool) -> None:
+        """Move, convert and spread a model, in place; all ranks."""
+        self.precision.convert(model.to(device))
+        before = dict(model.named_parameters(remove_duplicate=False))
+        for strategy in self.strategies:
+            strategy.setup(model)
+        after = dict(model.named_parameters(remove_duplicate=False))
+        self._originals = list(before.values())  # alive, so that their ids stay theirs
+        self.replaced = {id(old): after[name] for name, old in before.items()}
+        self.owned = {id(parameter) for parameter in after.values()}
+        if watch:
+            self.arrivals.watch(model.parameters())
+
+    def run(self, model: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward call: the outermost is announced to the strategies and its output converted."""
+        if self._depth:
+            return forward(*args, **kwargs)
+        self._depth += 1
+        try:
+            for strategy in self.strategies:
+                strategy.before_forward(model)
+            with self.precision.forward():
+                output = forward(*args, **kwargs)
+            return self.precision.output(output)
+        finally:
+            self._depth -= 1
+
+
+class PreparedModel(Adopted):
+    """Mixin of prepared models."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        part: ModelPart = self.__dict__["_accel"]
+        inner = part.shadowed.get("forward") or super().forward  # type: ignore[misc]
+        return part.run(self, inner, args, kwargs)  # type: ignore[arg-type]
+
+
+def prepare_model(model: nn.Module, part: ModelPart, device: torch.device, watch: bool) -> nn.Module:
+    """Prepare a model in place, once; all ranks."""
+    part.setup(model, device, watch)
+    return adopt(model, PreparedModel, part, "forward")
+
+
+def model_part(model: nn.Module) -> ModelPart | None:
+    """What accel knows of this model; None if it was never prepared."""
+    part = part_of(model)
+    return part if isinstance(part, ModelPart) else None
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Any]:
+    """A copy of the model's state under the user's names: whole plain CPU tensors. All ranks call it together."""
+    copies: dict[int, Tensor] = {}
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in copies:
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            copies[id(value)] = full.detach().to("cpu", copy=True)
+        return copies[id(value)]
+
+    return {name: whole(value) for name, value in model.state_dict(keep_vars=True).items()}
+
+
+def rebind(optimizer: Optimizer, replaced: dict[int, nn.Parameter]) -> None:
+    """Let an optimizer update the parameters that took the place of those it was made with, keeping its state."""
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
+    for old in [parameter for parameter in optimizer.state if replaced.get(id(parameter), parameter) is not parameter]:
+        new = replaced[id(old)]
+        optimizer.state[new] = {name: _like(value, old, new) for name, value in optimizer.state.pop(old).items()}
+
+
+def _like(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A tensor of an optimizer's state, laid out as the parameter that it belongs to."""
+    if isinstance(value, Tensor) and isinstance(new, DTensor) and value.shape == old.shape and value.dim():
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, new.device_mesh, new.placements, src_data_rank=None)
+    return value

@@ -1,0 +1,146 @@
+"""A prepared optimizer: the user's own object, which steps once for each accumulation window.
+
+`step` and `zero_grad` act on the micro-batch that closes a window and only count on the others, so that a loop
+written without accumulation accumulates by the setting alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import PrepareError
+from ..interfaces.precision import Precision
+from .adopt import Adopted, Part, adopt, part_of
+from .gradients import ExplicitWindow, Window
+
+
+class OptimizerPart(Part):
+    """What accel knows of one prepared optimizer, and what a precision sees of it: see `accel.interfaces.Steppable`.
+
+    `explicit` is the window that `Accelerator.accumulate` counts. `before_step` is called with this part before
+    gradients are used, `after_step` when parameters have changed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        precision: Precision,
+        explicit: ExplicitWindow,
+        before_step: Callable[[OptimizerPart], None],
+        after_step: Callable[[OptimizerPart], None],
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.precision, self.explicit = optimizer, precision, explicit
+        self.before_step, self.after_step = before_step, after_step
+        self.window = Window(explicit.length, explicit.sources)
+        self.calls = 0
+        self.steps = 0
+        self.skipped = False
+        self.unscaled = False
+        self.open = False
+        self.spent = True
+        self._entries = 0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        """Step the user's own optimizer, unconditionally."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
+        return inner() if closure is None else inner(closure)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of all groups."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter holds a gradient."""
+        return any(parameter.grad is not None for parameter in self.parameters())
+
+    @property
+    def closing(self) -> bool:
+        """Whether the next call of `step` ends a window."""
+        if self._is_explicit:
+            return self.explicit.closing
+        return self.window.closes_with(self.window.held + 1)
+
+    @property
+    def planned(self) -> int:
+        """Micro-batches in the window under way."""
+        return self.explicit.planned if self._is_explicit else self.window.planned
+
+    def step_if_closing(self, closure: Any) -> Any:
+        """What `optimizer.step()` does."""
+        if closure is not None and self.window.length > 1:
+            raise PrepareError(
+                "optimizer.step(closure): an optimizer that calls the model itself cannot accumulate gradients; "
+                f"set gradient_accumulation_steps: 1, got {self.window.length}"
+            )
+        self.calls += 1
+        if not self.closing:
+            self._count()
+            return None
+        if closure is None:
+            self.before_step(self)
+        stepped, result = self.precision.step(self, self.unscaled, closure)
+        self.skipped, self.unscaled, self.open, self.spent = not stepped, False, False, True
+        self.steps += stepped
+        self.window.restart()
+        self._entries = self.explicit.entries
+        self.after_step(self)
+        return result
+
+    def zero_grad_if_open(self, set_to_none: bool) -> None:
+        """What `optimizer.zero_grad()` does: nothing while a window is under way."""
+        if not self.open:
+            super(PreparedOptimizer, self.optimizer).zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
+            self.unscaled = False
+
+    def _count(self) -> None:
+        self.open = True
+        if not self._is_explicit:
+            self.window.add()
+        self._entries = self.explicit.entries
+
+    @property
+    def _is_explicit(self) -> bool:
+        """Whether this micro-batch runs under `accumulate`, though the call of `step` may stand after it."""
+        return self.explicit.inside or self._entries != self.explicit.entries
+
+
+class PreparedOptimizer(Adopted):
+    """Mixin of prepared optimizers."""
+
+    def step(self, closure: Any = None) -> Any:
+        part: OptimizerPart = self.__dict__["_accel"]
+        return part.step_if_closing(closure)
+
+    # A scheduler looks for this mark to know that somebody sets `_opt_called` when the optimizer steps.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        part: OptimizerPart = self.__dict__["_accel"]
+        part.zero_grad_if_open(set_to_none)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped because gradients overflowed."""
+        part: OptimizerPart = self.__dict__["_accel"]
+        return part.skipped
+
+
+def prepare_optimizer(optimizer: Optimizer, part: OptimizerPart) -> Optimizer:
+    """Prepare an optimizer in place, once."""
+    return adopt(optimizer, PreparedOptimizer, part, "step", "zero_grad")
+
+
+def optimizer_part(optimizer: Any) -> OptimizerPart | None:
+    """What accel knows of this optimizer; None if it was never prepared."""
+    part = part_of(optimizer)
+    return part if isinstance(part, OptimizerPart) else None

@@ -1,0 +1,276 @@
+"""Backward, accumulation, clipping and stepping over prepared models and optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..config import Config
+from ..errors import PrepareError
+from ..interfaces.precision import Precision
+from ..interfaces.strategy import Strategy
+from .gradients import ExplicitWindow
+from .loader import PreparedLoader
+from .model import ModelPart, model_part, prepare_model, rebind
+from .optimizer import OptimizerPart, optimizer_part, prepare_optimizer
+from .process import Process
+
+
+class Training(Process):
+    """The part of an `Accelerator` that takes losses to parameters."""
+
+    config: Config
+    precision: Precision
+    strategies: Sequence[Strategy]
+
+    def __init__(self) -> None:
+        self._active: list[PreparedLoader] = []
+        self._window = ExplicitWindow(self.config.gradient_accumulation_steps, self._active)
+        self._models: list[nn.Module] = []
+        self._optimizers: list[Optimizer] = []
+        self._replaced: dict[int, nn.Parameter] = {}
+        self._verified: dict[int, int] = {}
+        self._closing = self._window.length == 1
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
+        if model_part(model) is None:
+            part = ModelPart(self.strategies, self.precision)
+            prepare_model(model, part, self.device, watch=self._must_watch)
+            self._replaced.update(part.replaced)
+            self._models.append(model)
+            for optimizer in self._optimizers:
+                rebind(optimizer, part.replaced)
+        return model
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Prepare one optimizer, in place, made before or after its model was prepared."""
+        if optimizer_part(optimizer) is None:
+            rebind(optimizer, self._replaced)
+            part = OptimizerPart(optimizer, self.precision, self._window, self._before_step, self._after_step)
+            prepare_optimizer(optimizer, part)
+            self._optimizers.append(optimizer)
+        return optimizer
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches in a window."""
+        return self.config.gradient_accumulation_steps
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the micro-batch under way ends a window: gradients are exchanged and optimizers step.
+
+        Holds from `accumulate` or `backward` until the next micro-batch begins.
+        """
+        return self._window.closing if self._window.inside else self._closing
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether an optimizer's last step was skipped, on all ranks, because gradients overflowed."""
+        return any(part.skipped for part in self._optimizer_parts)
+
+    @contextlib.contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """One micro-batch of an accumulation window. Without it, each call of `optimizer.step()` counts as one."""
+        if self._window.enter():
+            for part in self._optimizer_parts:
+                part.open = False
+        try:
+            yield
+        finally:
+            self._window.leave()
+
+    @contextlib.contextmanager
+    def no_sync(self, *models: nn.Module) -> Iterator[None]:
+        """Backward passes inside only add gradients up on each process; the next one outside exchanges them."""
+        parts = [self._part(model, "no_sync") for model in models or self._models]
+        for part in parts:
+            part.exchange_off += 1
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.exchange_off -= 1
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute the body in the run's precision, as a model's forward does."""
+        with self.precision.forward():
+            yield
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        """Add the gradients of a loss, and exchange them if this ends a window; all ranks.
+
+        `loss` is the mean over this process's samples of the batch (or has any shape, with `gradient=` as for
+        `Tensor.backward`). Raises PrepareError if it depends on nothing that trains.
+        """
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise PrepareError(
+                f"backward: the loss must be a tensor that requires grad, got {_describe(loss)}; it was computed under "
+                "torch.no_grad(), from detached tensors, or from frozen parameters only"
+            )
+        if self._must_watch:
+            self._settle_models("backward")
+        if any(part.unscaled for part in self._optimizer_parts):
+            raise PrepareError(
+                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled gradient "
+                "would come on top; call every backward of a step before clipping"
+            )
+        factor = self._loss_factor()
+        scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
+        self._closing = self._closes()
+        reached = [(model, self._exchanges(model)) for model in self._models]
+        for model, exchange in reached:
+            for strategy in self.strategies:
+                scaled = strategy.before_backward(model, scaled, exchange)
+        scaled.backward(**options)  # type: ignore[no-untyped-call]
+        for model, exchange in reached:
+            for strategy in self.strategies:
+                strategy.after_backward(model, exchange)
+            self._part(model, "backward").arrivals.clear()
+        self._mark_gradients()
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale gradients so that their norm over all processes is at most `max_norm`; returns the norm before.
+
+        All ranks. In the middle of an accumulation window nothing is scaled, since the gradient is not whole yet.
+        """
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        limit = max_norm if self._finish_gradients(parameters) else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit, norm_type=norm_type)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamp each element of the gradients to [-clip_value, clip_value]; not in the middle of a window."""
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._finish_gradients(parameters):
+            nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def unscale_gradients(self, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> None:
+        """Make gradients plain again where losses are scaled; `clip_grad_norm_` does this by itself."""
+        if not self.precision.scales_loss:
+            return
+        chosen = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or self._optimizers)
+        for part in map(optimizer_part, chosen):
+            if part is not None and not part.unscaled and part.has_gradients():
+                self.precision.unscale(part)
+                part.unscaled = True
+
+    @property
+    def _must_watch(self) -> bool:
+        """Whether gradients that arrive outside `backward` could be wrong."""
+        return self.world.size > 1 or self._window.length > 1 or self.precision.scales_loss
+
+    @property
+    def _optimizer_parts(self) -> list[OptimizerPart]:
+        return [part for part in map(optimizer_part, self._optimizers) if part is not None]
+
+    def _loss_factor(self) -> float:
+        """Divides by the window's micro-batches, and weighs this process's share of an uneven batch."""
+        weight = self._active[-1].weight if self._active else 1.0
+        if self._window.length == 1:
+            return weight
+        if self._window.inside:
+            return weight / self._window.planned
+        return weight / max((part.planned for part in self._optimizer_parts), default=1)
+
+    def _closes(self) -> bool:
+        """Whether the window ends with this micro-batch."""
+        if self._window.length == 1:
+            return True
+        return self._window.closing if self._window.inside else any(part.closing for part in self._optimizer_parts)
+
+    def _exchanges(self, model: nn.Module) -> bool:
+        """Whether the coming backward pass must exchange the gradients of this model."""
+        part = self._part(model, "backward")
+        if part.exchange_off:
+            return False
+        if self._window.length == 1:
+            return True
+        if self._window.inside:
+            return self._window.closing
+        owners = self._owners(part.owned)
+        return any(owner.closing for owner in owners) if owners else True
+
+    def _owners(self, parameters: set[int]) -> list[OptimizerPart]:
+        """The optimizers that update some of the parameters with these ids."""
+        return [o for o in self._optimizer_parts if not parameters.isdisjoint(map(id, o.parameters()))]
+
+    def _mark_gradients(self) -> None:
+        """Remember that there may be gradients that no optimizer has used yet."""
+        for part in self._optimizer_parts:
+            part.spent = False
+            if self._window.inside and self._window.length > 1:
+                part.open = True
+
+    def _finish_gradients(self, parameters: list[Tensor]) -> bool:
+        """Make the gradients of these parameters whole and plain; returns whether their window closes now."""
+        owners = self._owners({id(parameter) for parameter in parameters})
+        if self._window.length > 1 and not all(owner.closing for owner in owners):
+            return False
+        self._settle_models("clip_grad_norm_")
+        self.unscale_gradients([owner.optimizer for owner in owners])
+        return True
+
+    def _settle_models(self, call: str) -> None:
+        """Deal with gradients that came from a bare `loss.backward()`: right, or refused."""
+        for model in self._models:
+            part = self._part(model, call)
+            if part.arrivals:
+                self._refuse_bare_backward(call)
+                for strategy in self.strategies:
+                    strategy.settle(model)
+                part.arrivals.clear()
+
+    def _refuse_bare_backward(self, call: str) -> None:
+        """Raise PrepareError if the loss of a bare `loss.backward()` should have been scaled."""
+        if self._window.length > 1:
+            reason = f"gradient_accumulation_steps: {self._window.length} divides the loss"
+        elif self.precision.scales_loss:
+            reason = f"mixed_precision: {self.config.mixed_precision.name} scales the loss"
+        elif self.world.size > 1 and any(loader.uneven is not False for loader in self._active):
+            reason = "the last batch of this loader may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
+        else:
+            return
+        raise PrepareError(f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)")
+
+    def _before_step(self, part: OptimizerPart) -> None:
+        self._verify(part)
+        if self._must_watch:
+            self._settle_models("optimizer.step()")
+
+    def _after_step(self, part: OptimizerPart) -> None:
+        for strategy in self.strategies:
+            for model in self._models:
+                strategy.after_step(model)
+        if self.precision.scales_loss:
+            self.precision.update([o for o in self._optimizer_parts if not (o.spent or o.unscaled) and o.has_gradients()])
+
+    def _verify(self, part: OptimizerPart) -> None:
+        """Raise PrepareError if the optimizer steps parameters that nobody exchanges or converts."""
+        count = sum(len(group["params"]) for group in part.param_groups)
+        if self._verified.get(id(part)) == count:
+            return
+        owned = set[int]().union(*(self._part(model, "step").owned for model in self._models))
+        if stray := [parameter for parameter in part.parameters() if id(parameter) not in owned]:
+            raise PrepareError(
+                f"optimizer.step(): {len(stray)} of {count} parameters of this {type(part.optimizer).__name__} (the first "
+                f"of shape {tuple(stray[0].shape)}) belong to no prepared model; pass their model to prepare() too"
+            )
+        self._verified[id(part)] = count
+
+    def _part(self, model: nn.Module, call: str) -> ModelPart:
+        part = model_part(model)
+        if part is None:
+            raise PrepareError(f"{call}: this {type(model).__name__} was not prepared; pass it to prepare() first")
+        return part
+
+
+def _describe(value: Any) -> str:
+    return f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,78 @@
+"""Which process am I, and how do I reach the others? The one reader of torch's rank variables."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from ..errors import LaunchError
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all: the contract between torch and every launcher."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> World:
+        """Read the variables that launchers set; without them, a world of one.
+
+        Raises LaunchError if they are set in part, or contradict each other: two processes that both believe
+        they are rank 0 would train apart and overwrite each other's results.
+        """
+        given = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in environ}
+        if "RANK" not in given and "WORLD_SIZE" not in given:
+            return cls(0, 1, 0, 1)
+        rank, size = (_integer(environ, name) for name in ("RANK", "WORLD_SIZE"))
+        if not 0 <= rank < size:
+            raise LaunchError(f"RANK={rank} is not one of WORLD_SIZE={size} processes; ranks start at 0")
+        if size > 1 and len(given) < 4:
+            missing = {"MASTER_ADDR", "MASTER_PORT"} - set(given)
+            raise LaunchError(f"WORLD_SIZE={size}, but {', '.join(sorted(missing))} is not set; start with `accel launch`")
+        local_rank = int(environ.get("LOCAL_RANK", rank))
+        return cls(rank, size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", size)))
+
+    def connect(self, backend: str, timeout: float) -> None:
+        """Join the process group, once; all ranks. A world of one makes a group of itself.
+
+        `timeout` is in seconds: how long a collective call waits for the other processes before it fails.
+        """
+        if dist.is_initialized():
+            return
+        if self.size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout))
+        atexit.register(leave)
+
+    def group(self) -> ProcessGroup | None:
+        """All processes; None if there is only this one."""
+        return dist.group.WORLD if self.size > 1 else None
+
+
+def leave() -> None:
+    """Leave the process group, if there is one; safe to call twice.
+
+    What still refers to the group is collected first: torch aborts if a reducer outlives its group.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name)
+    if text is None or not text.isdecimal():
+        raise LaunchError(f"{name}={text} is not a number; RANK and WORLD_SIZE are set together, by a launcher")
+    return int(text)
