@@ -45,6 +45,11 @@ class Plan:
         strategies = _strategies(config.strategies)
         wanted = {axis: strategies[axis].options.size for axis in MESH_ORDER if axis in strategies}
         sizes = resolve_sizes(wanted, config.num_processes)
+        if Axis.DATA not in strategies and sizes[Axis.DATA] > 1:
+            raise ConfigError(
+                f"strategies: {', '.join(p.path for p in strategies.values()) or 'none'} leave a data axis of "
+                f"{sizes[Axis.DATA]} processes to no strategy; add one that fills it, as ddp does"
+            )
         for axis, part in strategies.items():
             try:
                 part.plugin.check(part.options, sizes[axis])

@@ -55,6 +55,9 @@ class Config:
     main_process_port: int | None = setting(None, minimum=1)
     """Port on machine 0 at which the processes meet; on one machine a free one is found."""
 
+    timeout: float = setting(600.0, minimum=1)
+    """Seconds that a collective call waits for the other processes before it fails."""
+
     launcher: Choice = setting(Choice(name="local"), plugin="launcher")
     """What starts the worker processes."""
 

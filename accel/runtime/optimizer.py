@@ -47,6 +47,7 @@ class OptimizerPart(Part):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters and their settings, as torch keeps them."""
         return self.optimizer.param_groups
 
     def step(self, closure: Any = None) -> Any:

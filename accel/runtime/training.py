@@ -35,6 +35,7 @@ class Training(Process):
         self._optimizers: list[Optimizer] = []
         self._replaced: dict[int, nn.Parameter] = {}
         self._verified: dict[int, int] = {}
+        self._closing = self._window.length == 1
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
@@ -63,12 +64,11 @@ class Training(Process):
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether the micro-batch under way ends a window: gradients are exchanged and optimizers step."""
-        if self._window.length == 1:
-            return True
-        if self._window.inside or not self._optimizers:
-            return self._window.closing
-        return any(part.closing for part in self._optimizer_parts)
+        """Whether the micro-batch under way ends a window: gradients are exchanged and optimizers step.
+
+        Holds from `accumulate` or `backward` until the next micro-batch begins.
+        """
+        return self._window.closing if self._window.inside else self._closing
 
     @property
     def optimizer_step_was_skipped(self) -> bool:
@@ -119,11 +119,12 @@ class Training(Process):
             self._settle_models("backward")
         if any(part.unscaled for part in self._optimizer_parts):
             raise PrepareError(
-                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled gradient "
+                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled one "
                 "would come on top; call every backward of a step before clipping"
             )
         factor = self._loss_factor()
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
+        self._closing = self._closes()
         reached = [(model, self._exchanges(model)) for model in self._models]
         for model, exchange in reached:
             for strategy in self.strategies:
@@ -179,6 +180,12 @@ class Training(Process):
             return weight / self._window.planned
         return weight / max((part.planned for part in self._optimizer_parts), default=1)
 
+    def _closes(self) -> bool:
+        """Whether the window ends with this micro-batch."""
+        if self._window.length == 1:
+            return True
+        return self._window.closing if self._window.inside else any(part.closing for part in self._optimizer_parts)
+
     def _exchanges(self, model: nn.Module) -> bool:
         """Whether the coming backward pass must exchange the gradients of this model."""
         part = self._part(model, "backward")
@@ -228,10 +235,12 @@ class Training(Process):
         elif self.precision.scales_loss:
             reason = f"mixed_precision: {self.config.mixed_precision.name} scales the loss"
         elif self.world.size > 1 and any(loader.uneven is not False for loader in self._active):
-            reason = "the last batch of this loader may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
+            reason = "the last batch may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
         else:
             return
-        raise PrepareError(f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)")
+        raise PrepareError(
+            f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)"
+        )
 
     def _before_step(self, part: OptimizerPart) -> None:
         self._verify(part)
@@ -243,7 +252,9 @@ class Training(Process):
             for model in self._models:
                 strategy.after_step(model)
         if self.precision.scales_loss:
-            self.precision.update([o for o in self._optimizer_parts if not (o.spent or o.unscaled) and o.has_gradients()])
+            self.precision.update(
+                [o for o in self._optimizer_parts if not (o.spent or o.unscaled) and o.has_gradients()]
+            )
 
     def _verify(self, part: OptimizerPart) -> None:
         """Raise PrepareError if the optimizer steps parameters that nobody exchanges or converts."""
