@@ -72,14 +72,20 @@ class Session:
 
 
 @pytest.fixture
-def session(config_path: Path) -> Iterator[Session]:
+def without_torch(child_site: PackageSite) -> None:
+    """Hide torch from the child processes: detection is then quick, and the questions are the same."""
+    (child_site.folder / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+
+
+@pytest.fixture
+def session(config_path: Path, without_torch: None) -> Iterator[Session]:
     session = Session()
     yield session
     session.child.close(force=True)
 
 
 @pytest.fixture
-def existing(config_path: Path) -> Path:
+def existing(config_path: Path, without_torch: None) -> Path:
     """A file with settings that the wizard asks about, and some that it does not."""
     config_path.parent.mkdir(parents=True)
     config_path.write_text(
@@ -98,7 +104,8 @@ PRECISION, STRATEGIES = "The numbers that forward", "How models are spread"
 ACCUMULATION, OTHERS, REVIEW = "Micro-batches whose gradients", "Change other settings?", "Write this file?"
 
 
-def test_enter_all_the_way(session: Session, config_path: Path) -> None:
+def test_enter_all_the_way(config_path: Path) -> None:
+    session = Session()
     for question in (MACHINES, PROCESSES, PRECISION, ACCUMULATION, OTHERS, REVIEW):
         session.answer(question)
     session.child.expect_exact("Start a run with: accel launch script.py")
@@ -178,7 +185,7 @@ def test_editing_keeps_what_is_not_asked_about(existing: Path) -> None:
     }
 
 
-def test_a_value_that_makes_no_sense_is_asked_anew(config_path: Path) -> None:
+def test_a_value_that_makes_no_sense_is_asked_anew(config_path: Path, without_torch: None) -> None:
     config_path.parent.mkdir(parents=True)
     config_path.write_text("num_processes: four\nmixed_precision: 7\n")
     session = Session()
@@ -216,12 +223,16 @@ def test_no_at_the_end_writes_nothing(session: Session, config_path: Path) -> No
 def test_a_wrong_answer_is_refused_at_once(session: Session, config_path: Path) -> None:
     session.answer(MACHINES)
     session.answer(PROCESSES, "0" + ENTER)
-    session.answer("num_processes: must be at least 1, got 0", "\x7f" + "two" + ENTER)
-    session.answer("num_processes: expected int, got 'two'", "\x7f\x7f\x7f" + "4" + ENTER)
-    for question in (PRECISION, STRATEGIES, "Change options of ddp?", ACCUMULATION, OTHERS, REVIEW):
+    session.answer("num_processes: must be at least 1, got 0", "\x7f" + "4" + ENTER)
+    for question in (PRECISION, STRATEGIES, "Change options of ddp?"):
         session.answer(question)
+    session.answer(ACCUMULATION, "two" + ENTER)
+    session.answer("gradient_accumulation_steps: expected int, got 'two'", "\x7f\x7f\x7f" + "3" + ENTER)
+    session.answer(OTHERS)
+    session.answer(REVIEW)
     assert session.finish() == 0
-    assert _read(config_path)["num_processes"] == 4
+    written = _read(config_path)
+    assert (written["num_processes"], written["gradient_accumulation_steps"]) == (4, 3)
 
 
 def test_several_machines_are_asked_how_they_meet(session: Session, config_path: Path) -> None:
@@ -253,7 +264,9 @@ def test_other_settings_are_chosen_from_a_list(session: Session, config_path: Pa
     assert _read(config_path) == {**DEFAULTS, "data_seed": 5}
 
 
-def test_a_third_party_plugin_is_asked_about_like_any_other(child_site: PackageSite, config_path: Path) -> None:
+def test_a_third_party_plugin_is_asked_about_like_any_other(
+    child_site: PackageSite, config_path: Path, without_torch: None
+) -> None:
     child_site.install("gossip-strategy", "strategy", "gossip", STRATEGY)
     session = Session()
     session.answer(MACHINES)
@@ -273,7 +286,9 @@ def test_a_third_party_plugin_is_asked_about_like_any_other(child_site: PackageS
     assert _read(config_path)["strategies"] == {"gossip": options}
 
 
-def test_a_broken_plugin_does_not_stop_the_wizard(child_site: PackageSite, config_path: Path) -> None:
+def test_a_broken_plugin_does_not_stop_the_wizard(
+    child_site: PackageSite, config_path: Path, without_torch: None
+) -> None:
     child_site.install("broken-precision", "precision", "broken", "raise RuntimeError('no such card')")
     session = Session()
     session.answer(MACHINES)
@@ -284,9 +299,7 @@ def test_a_broken_plugin_does_not_stop_the_wizard(child_site: PackageSite, confi
     assert session.finish() == 0
 
 
-def test_without_torch_it_says_so_and_goes_on(child_site: PackageSite, config_path: Path) -> None:
-    (child_site.folder / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
-    session = Session()
+def test_without_torch_it_says_so_and_goes_on(session: Session, config_path: Path) -> None:
     session.answer(MACHINES)
     session.child.expect_exact("torch is not installed")
     for question in (PROCESSES, PRECISION, ACCUMULATION, OTHERS, REVIEW):
@@ -295,7 +308,7 @@ def test_without_torch_it_says_so_and_goes_on(child_site: PackageSite, config_pa
     assert _read(config_path) == DEFAULTS
 
 
-def test_another_file(tmp_path: Path, config_path: Path) -> None:
+def test_another_file(tmp_path: Path, config_path: Path, without_torch: None) -> None:
     file = tmp_path / "other.yaml"
     session = Session("--config_file", str(file))
     for question in (MACHINES, PROCESSES, PRECISION, ACCUMULATION, OTHERS, REVIEW):
