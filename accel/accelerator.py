@@ -177,8 +177,8 @@ class Accelerator(Training):
 
     def _state(self) -> state.State:
         return state.State(
-            models=self._models,
-            optimizers=self._optimizers,
+            models=[part.model for part in self._models],
+            optimizers=[part.optimizer for part in self._optimizers],
             schedulers=self._schedulers,
             loaders=self._loaders,
             registered=self._registered,

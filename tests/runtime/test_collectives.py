@@ -11,7 +11,7 @@ from accel.testing import run
 
 
 def group():
-    World.from_environment().connect("gloo")
+    World.from_environment().connect("gloo", timeout=60)
     return dist.group.WORLD, dist.get_rank()
 
 
