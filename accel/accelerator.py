@@ -46,9 +46,9 @@ class Accelerator(Training):
         device = self.plan.find_device()
         self.hardware: Device = device.plugin()
         self.device = self.hardware.select(self.world.local_rank)
-        self.mesh = Mesh(self.plan.sizes, self.world, self.device.type, lambda: self.world.connect(self.hardware.collectives))
+        self.mesh = Mesh(self.plan.sizes, self.world, self.device.type, self._connect)
         if self.world.size > 1:
-            self.world.connect(self.hardware.collectives)
+            self._connect()
         self.precision: Precision = self.plan.precision.plugin(self.plan.precision.options, self.device)
         self._check_precision()
         self.strategies: list[Strategy] = [
@@ -177,8 +177,8 @@ class Accelerator(Training):
 
     def _state(self) -> state.State:
         return state.State(
-            models=self._models,
-            optimizers=self._optimizers,
+            models=[part.model for part in self._models],
+            optimizers=[part.optimizer for part in self._optimizers],
             schedulers=self._schedulers,
             loaders=self._loaders,
             registered=self._registered,
@@ -187,7 +187,10 @@ class Accelerator(Training):
         )
 
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
-        """Start the trackers that the config names; `config` holds the run's hyper-parameters. Main process only acts."""
+        """Start the trackers that the config names; `config` holds the run's hyper-parameters.
+
+        Called by all ranks or by the main process alone, which is the only one to act.
+        """
         if self.is_main_process:
             for part in self.plan.trackers:
                 tracker: Tracker = part.plugin(part.options, Path(self.config.project_dir))
@@ -239,6 +242,9 @@ class Accelerator(Training):
         flag = torch.tensor(int(self._trigger), device=self.device)
         self._trigger = False
         return bool(collectives.reduce(flag, self.data_group(), "sum").item())
+
+    def _connect(self) -> None:
+        self.world.connect(self.hardware.collectives, self.config.timeout)
 
     def _check_world(self) -> None:
         if self.config.num_processes != self.world.size:

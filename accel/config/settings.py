@@ -32,7 +32,7 @@ class Config:
     """Micro-batches whose gradients are averaged into one optimizer step."""
 
     even_batches: bool = True
-    """Give every process the same number of batches; what that repeats counts nowhere: not in gradients, not in metrics."""
+    """Give every process the same number of batches; what that repeats counts neither in gradients nor in metrics."""
 
     split_batches: bool = False
     """Whether the loader's batch size is that of all processes together, rather than that of each."""
@@ -54,6 +54,9 @@ class Config:
 
     main_process_port: int | None = setting(None, minimum=1)
     """Port on machine 0 at which the processes meet; on one machine a free one is found."""
+
+    timeout: float = setting(600.0, minimum=1)
+    """Seconds that a collective call waits for the other processes before it fails."""
 
     launcher: Choice = setting(Choice(name="local"), plugin="launcher")
     """What starts the worker processes."""

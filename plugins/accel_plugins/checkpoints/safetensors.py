@@ -79,7 +79,8 @@ def _separate(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} must be a tensor, got {type(tensor).__name__}")
         memory = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.detach().clone() if memory in seen else tensor.detach().contiguous()
+        whole = tensor.detach().contiguous()
+        separate[name] = whole.clone() if memory in seen and whole.untyped_storage().data_ptr() == memory else whole
         seen.add(memory)
     return separate
 
