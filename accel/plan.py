@@ -45,6 +45,11 @@ class Plan:
         strategies = _strategies(config.strategies)
         wanted = {axis: strategies[axis].options.size for axis in MESH_ORDER if axis in strategies}
         sizes = resolve_sizes(wanted, config.num_processes)
+        if Axis.DATA not in strategies and sizes[Axis.DATA] > 1:
+            raise ConfigError(
+                f"strategies: {', '.join(p.path for p in strategies.values()) or 'none'} leave a data axis of "
+                f"{sizes[Axis.DATA]} processes to no strategy; add one that fills it, as ddp does"
+            )
         for axis, part in strategies.items():
             try:
                 part.plugin.check(part.options, sizes[axis])
@@ -56,7 +61,7 @@ class Plan:
             )
         if config.machine_rank >= config.num_machines:
             raise ConfigError(
-                f"machine_rank: {config.machine_rank} is not one of num_machines: {config.num_machines}; ranks start at 0"
+                f"machine_rank: {config.machine_rank} is not one of num_machines: {config.num_machines}, from 0"
             )
         return cls(
             config=config,
@@ -113,7 +118,9 @@ def resolve_sizes(wanted: Mapping[Axis, int | None], processes: int) -> dict[Axi
     sizes = {axis: size or 1 for axis, size in axes.items()}
     if math.prod(sizes.values()) != processes:
         product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise ConfigError(f"strategies: {product} is {math.prod(sizes.values())} processes, but num_processes is {processes}")
+        raise ConfigError(
+            f"strategies: {product} is {math.prod(sizes.values())} processes, but num_processes is {processes}"
+        )
     return sizes
 
 

@@ -10,10 +10,11 @@ import ast
 import functools
 import importlib
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Listing:
     package: str
     target: str
     summary: str
+    problem: str = ""
+    """Why it cannot be used, as far as that shows without importing it."""
 
 
 def names(kind: str) -> list[str]:
@@ -53,7 +56,7 @@ def listings() -> Iterator[Listing]:
     """Every installed plugin of every kind, sorted by kind and name; a name claimed twice appears twice."""
     for kind in KINDS:
         for point in sorted(_points(kind), key=lambda p: (p.name, p.value)):
-            yield Listing(kind, point.name, _package(point), point.value, _summary(point))
+            yield _listing(kind, point)
 
 
 def load(kind: str, name: str, path: str | None = None) -> type[Any]:
@@ -65,9 +68,8 @@ def load(kind: str, name: str, path: str | None = None) -> type[Any]:
     found = [point for point in _points(kind) if point.name == name]
     if not found:
         raise ConfigError(f"{path or kind}: no {kind} named {name!r} is installed; there are: {', '.join(names(kind))}")
-    if len({point.value for point in found}) > 1:
-        claims = ", ".join(f"{_package(p)} ({p.value})" for p in sorted(found, key=lambda p: p.value))
-        raise PluginError(f"{kind} {name!r} is claimed by several packages: {claims}; uninstall all but one")
+    if claims := _rival_claims(found):
+        raise PluginError(f"{kind} {name!r} is {claims}; uninstall all but one")
     return _load(kind, found[0])
 
 
@@ -82,6 +84,24 @@ def _points(kind: str) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=INTERFACES[kind][0]))
 
 
+def _rival_claims(points: Sequence[EntryPoint]) -> str:
+    """Who claims one name for different classes; empty if there is no dispute."""
+    if len({point.value for point in points}) < 2:
+        return ""
+    claims = ", ".join(f"{_package(p)} ({p.value})" for p in sorted(points, key=lambda p: p.value))
+    return f"claimed by several packages: {claims}"
+
+
+def _listing(kind: str, point: EntryPoint) -> Listing:
+    summary, problem = "", _rival_claims([p for p in _points(kind) if p.name == point.name])
+    module, _, attribute = point.value.partition(":")
+    try:
+        summary = _summary(module.strip(), attribute.strip())
+    except (PluginError, ImportError, OSError, SyntaxError, ValueError) as error:
+        problem = problem or f"cannot be read: {error}"
+    return Listing(kind, point.name, _package(point), point.value, summary, problem)
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist else "unknown package"
 
@@ -90,7 +110,7 @@ def _load(kind: str, point: EntryPoint) -> type[Any]:
     origin = f"{kind} {point.name!r} of package {_package(point)} ({point.value})"
     try:
         plugin = point.load()
-    except Exception as error:  # noqa: BLE001 - whatever a plugin's import raises is reported as that plugin's
+    except Exception as error:  # whatever a plugin's import raises is reported as that plugin's
         raise PluginError(f"{origin} failed to import: {type(error).__name__}: {error}") from error
     module, _, attribute = INTERFACES[kind][1].partition(":")
     interface = getattr(importlib.import_module(module), attribute)
@@ -103,16 +123,30 @@ def misfit(plugin: object, interface: type[Any]) -> str | None:
     """Why `plugin` cannot stand in for `interface`; None if it can."""
     if not isinstance(plugin, type) or not issubclass(plugin, interface):
         return f"it must be a subclass of {interface.__name__}, got {plugin!r}"
-    options = plugin.__dict__.get("Options", interface.Options)
-    if not (is_dataclass(options) and isinstance(options, type) and options.__dataclass_params__.frozen):
+    if abstract := sorted(getattr(plugin, "__abstractmethods__", ())):
+        return f"it must define {', '.join(abstract)}"
+    if problem := _misfit_options(plugin.Options, interface):  # type: ignore[attr-defined]
+        return problem
+    if problem := _misfit_method(f"{plugin.__name__}", plugin, interface):
+        return problem
+    for name in (name for name in dir(interface) if not name.startswith("_") and name != "Options"):
+        own, expected = getattr(plugin, name), getattr(interface, name)
+        if inspect.isroutine(expected):
+            problem = _misfit_method(name, own, expected)
+        elif not isinstance(own, type(expected)):
+            problem = f"{name} must be of type {type(expected).__name__}, like {expected!r}; got {own!r}"
+        if problem:
+            return problem
+    return None
+
+
+def _misfit_options(options: Any, interface: type[Any]) -> str | None:
+    """Why `options` cannot be the settings of a plugin; the settings that it inherits are part of the interface."""
+    declared = isinstance(options, type) and "__dataclass_fields__" in vars(options)  # not merely inherited
+    if not declared or not options.__dataclass_params__.frozen:
         return f"its Options must be a frozen dataclass, got {options!r}"
     if missing := {f.name for f in fields(interface.Options)} - {f.name for f in fields(options)}:
         return f"its Options must derive from {interface.__name__}.Options, which has {', '.join(sorted(missing))}"
-    for name, method in inspect.getmembers(interface, inspect.isfunction):
-        if not name.startswith("_") and (problem := _misfit_method(name, getattr(plugin, name), method)):
-            return problem
-    if abstract := sorted(getattr(plugin, "__abstractmethods__", ())):
-        return f"it must define {', '.join(abstract)}"
     return None
 
 
@@ -128,14 +162,33 @@ def _misfit_method(name: str, own: Any, expected: Any) -> str | None:
     return None
 
 
-def _summary(point: EntryPoint) -> str:
-    """First line of the class's docstring, read from its source: importing it might import torch."""
-    try:
-        spec = find_spec(point.module)
-        tree = ast.parse(Path(spec.origin).read_text("utf-8")) if spec and spec.origin else ast.Module([], [])
-    except (ImportError, OSError, SyntaxError) as error:
-        return f"(cannot be read: {error})"
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == point.attr:
+def _summary(module: str, name: str, depth: int = 5) -> str:
+    """First line of the docstring of a class, read from its source: importing it might import torch.
+
+    Follows up to `depth` imports of the class from another module. Raises PluginError if it cannot be found.
+    """
+    source = _source(module)
+    for node in ast.parse(source.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
             return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+        if isinstance(node, ast.ImportFrom) and depth:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    package = module if source.name == "__init__.py" else module.rpartition(".")[0]
+                    home = resolve_name("." * node.level + (node.module or ""), package)
+                    return _summary(home, alias.name, depth - 1)
+    raise PluginError(f"no class {name} in {module}")
+
+
+def _source(module: str) -> Path:
+    """The source file of a module, found without importing the packages above it."""
+    top, *below = module.split(".")
+    spec = find_spec(top)
+    for name in below:
+        if spec is not None:
+            spec = PathFinder.find_spec(f"{spec.name}.{name}", [*(spec.submodule_search_locations or [])])
+    if spec is None:
+        raise PluginError(f"no module {module}")
+    if not spec.origin or not spec.origin.endswith(".py"):
+        raise PluginError(f"no source of module {module}")
+    return Path(spec.origin)

@@ -54,7 +54,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [B, heads, T, width / heads]
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts
+        )  # [B, heads, T, width / heads]
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.out(mixed)
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))

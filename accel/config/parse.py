@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -121,6 +122,8 @@ def type_name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("nothing" if a is type(None) else type_name(a) for a in arguments)
     if origin in (tuple, list):
+        if arguments[0] is Choice:
+            return "plugin name, or several as a list or as a mapping of names to options"
         many = origin is list or arguments[-1] is Ellipsis
         return f"list of {type_name(arguments[0])}" if many else f"list of {len(arguments)} values"
     if origin in (dict, Mapping):
@@ -223,8 +226,8 @@ def _meanings(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):  # made at run time, or not to be dedented: it has no help, but works
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for line, below in zip(body, body[1:], strict=False):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                    found[line.target.id] = inspect.cleandoc(str(below.value.value))
+        for line, below in itertools.pairwise(body):
+            match line, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                    found[name] = inspect.cleandoc(meaning)
     return found

@@ -32,7 +32,7 @@ class Config:
     """Micro-batches whose gradients are averaged into one optimizer step."""
 
     even_batches: bool = True
-    """Give every process the same number of batches; what that repeats counts nowhere: not in gradients, not in metrics."""
+    """Give every process the same number of batches; what that repeats counts neither in gradients nor in metrics."""
 
     split_batches: bool = False
     """Whether the loader's batch size is that of all processes together, rather than that of each."""

@@ -75,7 +75,7 @@ def current(environ: Mapping[str, str]) -> Config:
     if path := environ.get(FILE_VARIABLE):
         layers.append((path, read_file(path)))
     layers.extend(_environment(environ))
-    world_size = load(environ.get("WORLD_SIZE", "1"), "environment WORLD_SIZE")
+    world_size = load(environ.get("WORLD_SIZE") or "1", "environment WORLD_SIZE")
     layers.append(("environment WORLD_SIZE", {"num_processes": world_size}))
     return _resolve_layers(layers).config
 

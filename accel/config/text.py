@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 def load(text: str, origin: str) -> Any:
     """The plain value of YAML text. Raises a ConfigError of one line that begins with `origin`."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

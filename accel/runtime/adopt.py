@@ -7,6 +7,7 @@ class, as torch's `fully_shard` does it. Copies and pickles of the object are of
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from typing import Any, TypeVar
 
@@ -20,15 +21,22 @@ class Adopted:
     """Mixin of all adopted objects: copies and pickles drop what accel added."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         adopted, own = type(self), type(self).__bases__[1]
         arguments = tuple(own if argument is adopted else argument for argument in arguments)
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make = _new  # pickle lets that one make objects of the very class only
         if rest and isinstance(rest[0], dict):
             state = dict(rest[0])
             if isinstance(part := state.pop(PART, None), Part):
                 state.update(part.shadowed)
             rest[0] = state
         return make, arguments, *rest
+
+
+def _new(kind: type[T], *arguments: Any) -> T:
+    return kind.__new__(kind, *arguments)
 
 
 class Part:
@@ -47,7 +55,7 @@ def adopt(value: T, mixin: type[Adopted], part: Part, *overridden: str) -> T:
     attributes = value.__dict__
     part.shadowed = {name: attributes.pop(name) for name in overridden if name in attributes}
     attributes[PART] = part
-    value.__class__ = _adopted_class(mixin, type(value))
+    value.__class__ = _adopted_class(mixin, type(value))  # type: ignore[arg-type]
     return value
 
 

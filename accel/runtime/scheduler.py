@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from .adopt import Adopted, Part, adopt
+from .adopt import PART, Adopted, Part, adopt
 from .optimizer import optimizer_part
 
 
@@ -39,6 +39,10 @@ class PreparedScheduler(Adopted):
         if not part.held_back(self):  # type: ignore[arg-type]
             inner = part.shadowed.get("step") or super().step  # type: ignore[misc]
             inner(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return {name: value for name, value in state.items() if name != PART}  # torch returns all attributes
 
 
 def prepare_scheduler(scheduler: LRScheduler) -> LRScheduler:

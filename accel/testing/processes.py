@@ -47,7 +47,7 @@ class Processes:
     """
 
     def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
-        self._modules = list(modules)
+        self.modules = list(modules)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: Connection | None = None
 
@@ -97,8 +97,8 @@ class Processes:
         if self._process is not None:
             return
         ours, theirs = Pipe()
-        self._control = ours  # type: ignore[assignment]
-        code = f"from {main.__module__} import main; main({theirs.fileno()}, {self._modules})"
+        self._control = ours
+        code = f"from {main.__module__} import main; main({theirs.fileno()}, {self.modules})"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             pass_fds=[theirs.fileno()],

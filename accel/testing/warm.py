@@ -99,7 +99,7 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
             with socket.socket(fileno=os.dup(control.fileno())) as channel:
                 _, output, _, _ = socket.recv_fds(channel, 1, 2)
         except EOFError:
-            return
+            os._exit(0)  # nothing here is worth the half second in which torch is taken apart
         try:
             outcomes = _serve(request, control, output)
         finally:
@@ -137,7 +137,7 @@ def _watch(workers: Sequence[_Worker], control: Connection, timeout: float) -> d
         ready = wait([control, *running], max(deadline - time.monotonic(), 0))
         if control in ready:  # nothing is sent during a call: the caller is gone
             _reap(workers)
-            sys.exit(0)
+            os._exit(0)
         if not ready:
             return _hung([*running.values()])
         for connection in ready:
@@ -189,12 +189,12 @@ def _reap(workers: Sequence[_Worker]) -> None:
 
 def _fork(request: Request, rank: int, port: int, control: Connection, output: Sequence[int]) -> _Worker:
     ours, theirs = Pipe()
-    stacks = tempfile.TemporaryFile()
+    stacks = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
     pid = os.fork()
     if pid:
         os.setpgid(pid, pid)  # in both processes: whichever comes first
         theirs.close()
-        return _Worker(rank, pid, ours, stacks)  # type: ignore[arg-type]
+        return _Worker(rank, pid, ours, stacks)
     try:
         os.setpgid(0, 0)
         _end_with_parent()

@@ -71,7 +71,7 @@ def start_child(folder: str) -> None:
 
 
 def say(text: str) -> None:
-    print(text, rank())
+    print(f"{text} {rank()}\n", end="")  # in one write: two workers share the output
 
 
 def warn() -> None:
@@ -247,7 +247,7 @@ import os, sys, time
 from accel.testing import Processes
 
 def work():
-    print(os.getpid(), os.getppid(), flush=True)
+    os.write(1, b"%d %d\\n" % (os.getpid(), os.getppid()))
     time.sleep(60)
 
 if __name__ == "__main__":

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn.parallel import DistributedDataParallel
 
-_BROADCAST_BYTES = 250 << 20
-"""Tensors are broadcast in lots of this many bytes, as torch's own DDP does it."""
-
 
 class DDP(Strategy):
     """Every process holds the whole model; gradients are averaged while backward runs."""
@@ -41,7 +38,7 @@ class DDP(Strategy):
         """Look in each backward graph for parameters that it does not use; off saves that search."""
 
         static_graph: bool = False
-        """Promise that every step uses the same parameters in the same way; found out once, then not looked at again."""
+        """Promise that every step uses the same parameters in the same way: the first step finds out which."""
 
         gradient_as_bucket_view: bool = True
         """Let `.grad` be a view of the bucket, which saves a copy of all gradients."""
@@ -88,9 +85,12 @@ class DDP(Strategy):
         from torch import nn
 
         if self.device.type == "cpu":
-            raise ConfigError("strategies.ddp.sync_batchnorm: torch's synchronised batch norm needs a GPU; leave it off")
+            raise ConfigError(
+                "strategies.ddp.sync_batchnorm: torch's synchronised batch norm needs a GPU; leave it off"
+            )
         for name, child in list(model.named_children()):
-            setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(child, self.mesh.group))
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(child, self.mesh.group)  # type: ignore[no-untyped-call]
+            setattr(model, name, converted)
 
 
 class _Replica:
@@ -104,21 +104,24 @@ class _Replica:
     def _build(self) -> None:
         """Broadcast rank 0's weights and make a reducer for the parameters that train now; all ranks."""
         import torch
-        import torch.distributed as dist
+
+        from accel.runtime.collectives import broadcast_in_place
 
         state = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
-        if state:
-            dist._broadcast_coalesced(self.strategy.mesh.group, state, _BROADCAST_BYTES, 0)
+        broadcast_in_place(state, self.strategy.mesh.group)
         self.trains = [parameter.requires_grad for parameter in self.model.parameters()]
         self.ddp: DistributedDataParallel | None = None
         if not any(self.trains):
             return
         self.anchor = torch.nn.Parameter(torch.zeros((), device=self.strategy.device))
         self.ddp = self._wrap()
-        self.everything = _touch_all([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.everything = _touch_all(trained)
         self.first_static = self.options.static_graph
-        with _without_reducer_warning():
-            self._rest()
+        if self.searches:
+            with _without_reducer_warning():
+                self._expect(_touch_all([*trained, self.anchor]))
+        self._rest()
 
     def _wrap(self) -> DistributedDataParallel:
         from torch import nn
@@ -163,7 +166,7 @@ class _Replica:
         if self.ddp is None:
             return
         if self.first_static:
-            self.ddp.reducer._delay_all_reduce()
+            self.ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined]
             self.first_static = False
         if exchange:
             self._broadcast_buffers()
@@ -176,7 +179,9 @@ class _Replica:
         try:
             self.ddp.reducer._check_reducer_finalized()
         except RuntimeError:
-            self._refuse_bare_backward("used only some of the model's parameters, so their gradients were not exchanged")
+            self._refuse_bare_backward(
+                "used only some of the model's parameters, so their gradients were not exchanged"
+            )
         if self.options.static_graph:
             self._refuse_bare_backward("is not seen by strategies.ddp.static_graph")
         self._broadcast_buffers()
@@ -184,7 +189,8 @@ class _Replica:
 
     def _refuse_bare_backward(self, reason: str) -> NoReturn:
         raise PrepareError(
-            f"loss.backward(): a bare loss.backward() {reason}; call accelerator.backward(loss), which sees what the loss uses"
+            f"loss.backward(): a bare loss.backward() {reason}; call accelerator.backward(loss), which sees what the "
+            "loss uses"
         ) from None
 
     def _rest(self) -> None:
@@ -198,11 +204,10 @@ class _Replica:
         self.ddp.reducer.prepare_for_backward([root] if self.searches else [])
 
     def _broadcast_buffers(self) -> None:
-        import torch.distributed as dist
+        from accel.runtime.collectives import broadcast_in_place
 
-        buffers = list(self.model.buffers())
-        if buffers and self.options.broadcast_buffers and self.model.training:
-            dist._broadcast_coalesced(self.strategy.mesh.group, buffers, _BROADCAST_BYTES, 0)
+        if self.options.broadcast_buffers and self.model.training:
+            broadcast_in_place(list(self.model.buffers()), self.strategy.mesh.group)
 
 
 def _touch_all(parameters: list[nn.Parameter]) -> Tensor:
@@ -214,7 +219,7 @@ def _touch_all(parameters: list[nn.Parameter]) -> Tensor:
         def forward(ctx: Any, *inputs: Tensor) -> Tensor:
             return inputs[0].new_zeros(())
 
-    result: Tensor = Everything.apply(*parameters)
+    result: Tensor = Everything.apply(*parameters)  # type: ignore[no-untyped-call]
     return result
 
 

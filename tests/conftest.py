@@ -1,0 +1,81 @@
+"""What every test has: warm processes, a skip for missing hardware, and a guard against what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from accel.testing import shared_processes
+
+ROOT = Path(__file__).parents[1]
+CACHES = {".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
+"""What tools, not tests, write into the working folder."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[None]:
+    """Let workers find pytest imported, as every test module does; end the warm process with the session."""
+    shared_processes().modules.append("pytest")
+    yield
+    shared_processes().close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and this machine has none")
+
+
+@pytest.fixture(autouse=True)
+def guard() -> Iterator[None]:
+    """Fail a test that leaves environment variables, threads, processes, process groups or files behind."""
+    environment, folder, traces = _environment(), os.getcwd(), _traces()
+    yield
+    found = {kind: now - traces[kind] for kind, now in _traces().items()}
+    found["environment variables"] = {name for name, _ in environment.items() ^ _environment().items()}
+    found["working folder"] = {os.getcwd()} - {folder}
+    _clean_up(environment, folder)
+    left = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in found.items() if names)
+    if left:
+        pytest.fail(f"the test left behind {left}", pytrace=False)
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def _traces() -> dict[str, set[str]]:
+    """What exists now, by kind, of things that a test could leave behind."""
+    return {
+        "threads": {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()},
+        "processes": _children() - {str(shared_processes().pid)},
+        "process groups": {"torch.distributed"} if _connected() else set(),
+        "files": set(os.listdir(ROOT)) - CACHES,
+    }
+
+
+def _children() -> set[str]:
+    """Process ids of this process's children, where the system tells them."""
+    return {pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()}
+
+
+def _connected() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+def _clean_up(environment: dict[str, str], folder: str) -> None:
+    """Spare the next test from what this one left."""
+    for name in _environment().keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    os.chdir(folder)
+    if _connected():
+        sys.modules["torch.distributed"].destroy_process_group()
