@@ -15,7 +15,7 @@ from ..config import Choice, Setting, default_path, describe, one_line, parse_se
 from ..errors import AccelError, ConfigError
 from ..interfaces.strategy import MESH_ORDER, Axis
 from . import questions
-from .editing import SETTINGS, compact, complete, current_choices, plain_default, problems, write
+from .editing import SETTINGS, complete, current_choices, plain_default, problems, shorten, write
 from .hardware import Detection, Hardware
 
 NEEDS_SEVERAL = {
@@ -140,7 +140,7 @@ class Wizard:
             name = questions.choose(asked, declared.meaning, offered, default)
             if name != "none":  # of several axes, all but the data axis need a size
                 choices.append(self._with_options(declared, name, chosen, ask=axis is not Axis.DATA))
-        self.values[declared.name] = compact([choice.dump() for choice in choices])
+        self.values[declared.name] = shorten(declared, [choice.dump() for choice in choices])
 
     def _with_options(self, declared: Setting, name: str, chosen: list[Choice], ask: bool = False) -> Choice:
         """A plugin with the options that it had, changed if the user wants to, or has to."""
