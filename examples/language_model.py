@@ -83,7 +83,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     @torch.no_grad()
-    def write(self, prompt, count, temperature=0.6):
+    def write(self, prompt, count, temperature=0.8):
         """Continue a prompt by `count` bytes."""
         text = torch.tensor([list(prompt.encode())], device=self.embed.weight.device)
         for _ in range(count):
@@ -94,13 +94,13 @@ class GPT(nn.Module):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--context", type=int, default=128, help="bytes that the model sees")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch_size", type=int, default=32, help="windows in a step, over all processes")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--context", type=int, default=64, help="bytes that the model sees")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch_size", type=int, default=16, help="windows in a step, over all processes")
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--megabytes", type=float, default=4, help="how much source to read")
     parser.add_argument("--sample", type=int, default=200, help="bytes to write at the end")
     return parser.parse_args()
