@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[1]
 CACHES = {".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
 """What tools, not tests, write into the working folder."""
 
+UNWATCHED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+"""Variables that pytest sets, and torch when the first optimizer of a process imports its compiler."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> Iterator[None]:
@@ -48,7 +51,7 @@ def guard() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if name not in UNWATCHED}
 
 
 def _traces() -> dict[str, set[str]]:
