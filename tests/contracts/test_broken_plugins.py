@@ -11,6 +11,8 @@ import pytest
 from accel import registry
 from accel.testing import contracts
 
+from ..package_site import PackageSite, on_path
+
 PLUGINS = '''
 """Plugins that break one promise each, and one strategy that breaks none."""
 import os, sys
@@ -190,17 +192,13 @@ def kind() -> str:
 @pytest.fixture
 def installed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The plugins of a kind, installed as a package of their own: a module and its entry points on the import path."""
+    site = PackageSite(tmp_path)
     (tmp_path / "broken_plugins.py").write_text(PLUGINS)
-    folder = tmp_path / "broken_plugins-1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugins\nVersion: 1.0\n")
     names = [*BROKEN[kind], *(["sound", "refuser"] if kind == "strategy" else [])]
     points = "".join(f"{name} = broken_plugins:{name.capitalize()}\n" for name in names)
-    (folder / "entry_points.txt").write_text(f"[{registry.INTERFACES[kind][0]}]\n{points}")
-    monkeypatch.syspath_prepend(tmp_path)
-    registry._points.cache_clear()
-    yield
-    registry._points.cache_clear()
+    site.register("broken-plugins", f"[{registry.INTERFACES[kind][0]}]\n{points}")
+    with on_path(site, monkeypatch):
+        yield
     sys.modules.pop("broken_plugins", None)
 
 
