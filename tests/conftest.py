@@ -16,7 +16,7 @@ import pytest
 from accel.testing import shared_processes
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 10.0
+PATIENCE = 4.0
 """Seconds that a test's threads and processes get to end by themselves."""
 
 LASTING = {"tqdm_monitor"}
@@ -64,7 +64,7 @@ def _left(traces: dict[str, set[str]]) -> dict[str, set[str]]:
     deadline = time.monotonic() + PATIENCE
     while True:
         left = {kind: now - traces[kind] for kind, now in _traces().items()}
-        if not any(left.values()) or time.monotonic() > deadline:
+        if not (left["threads"] or left["processes"]) or time.monotonic() > deadline:
             return left
         gc.collect()
         time.sleep(0.02)
