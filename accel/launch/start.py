@@ -9,7 +9,7 @@ import sys
 
 from ..plan import Plan
 from . import environment, signals
-from .agent import Job, python
+from .job import Job, python
 
 
 def run(job: Job, plan: Plan) -> int:

@@ -11,7 +11,10 @@ from accel.launch.failures import Failure, culprit, report
 
 from .conftest import QUICK, Launch, running
 
-WAIT = "mark('up'); [time.sleep(0.02) for _ in iter(lambda: len([f for f in os.listdir() if f[:3] == 'up.']) < {}, False)]\n"
+WAIT = """
+mark('up')
+while len([name for name in os.listdir() if name.startswith('up.')]) < {}: time.sleep(0.02)
+"""
 
 
 def fail(launch: Launch, source: str, processes: int = 3, flags: tuple[str, ...] = QUICK) -> tuple[int, str]:
