@@ -43,6 +43,8 @@ def run(job: Job, config: Config, launcher: int) -> int:
     """Start the workers, wait for them, tell of a failure. Returns the exit code of the run."""
     rendezvous = Rendezvous(config)
     forks = _warm_up(job, config)
+    if os.getppid() != launcher:
+        return 128 + signal.SIGTERM  # it ended meanwhile: nobody is left to run this for
     os.environ[STORE_VARIABLE] = "True"
     output = Prefixed() if job.prefix else None
     with signals.held():
@@ -57,8 +59,8 @@ def run(job: Job, config: Config, launcher: int) -> int:
             rendezvous.part(config, job.timeout, lambda: supervisor.interrupted)
     if output:
         output.finish(job.grace)
-    if supervisor.failures and (text := failures.report(supervisor.failures, config.num_processes)):
-        print(text, file=sys.stderr)
+    if supervisor.failures:
+        print(failures.report(supervisor.failures, config.num_processes, supervisor.finished), end="", file=sys.stderr)
     return code
 
 

@@ -26,6 +26,9 @@ class Supervisor:
     def __init__(self, workers: Sequence[Worker], launcher: int, grace: float) -> None:
         self.workers, self.launcher, self.grace = {w.pid: w for w in workers}, launcher, grace
         self.failures: list[Failure] = []
+        """Of the workers that failed by themselves."""
+        self.finished: list[int] = []
+        """Ranks that ended well by themselves."""
         self._asked: Signals | None = None
         self._orphaned = False
         self._settled = math.inf
@@ -77,6 +80,7 @@ class Supervisor:
         if self._asked or self._orphaned or now > self._settled:
             return
         self.failures = [f for w in self.workers.values() if (f := w.failure)]
+        self.finished = [w.rank for w in self.workers.values() if w.status == 0]
         if self.failures and self._settled == math.inf:
             self._settled = now + SETTLE
             self._end(self._settled)

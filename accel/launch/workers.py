@@ -32,10 +32,10 @@ class Worker:
 
     @property
     def failure(self) -> Failure | None:
-        """How it failed, if it did: by its own account, else by how it ended."""
-        if told := Failure.read(self.report):
-            return told
-        return Failure(self.rank, self.status, self.ended) if self.status else None
+        """How it failed, if it did; it may still be running then."""
+        if self.status is None:
+            return Failure.read(self.report)
+        return Failure.of_ended(self.rank, self.status, self.ended, self.report)
 
     def send(self, number: Signals) -> None:
         """Send it a signal, if it is still running; one that has failed is already on its way to the end."""
