@@ -12,11 +12,13 @@ import re
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 _LOST_PEER = re.compile(
     r"gloo/transport|Connection (closed|reset) by|DistNetworkError|DistStoreError|remote process exited"
     r"|NCCL communicator was aborted|ncclRemoteError|ncclSystemError"
 )
+_OURS = f'  File "{Path(__file__).parent}'
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 
 
@@ -69,7 +71,8 @@ class Failure:
         """How a worker failed that has ended: by its own account, or its status and what a crash left in the file."""
         if told := cls.read(file):
             return told
-        return cls(rank, status, time, _content(file).decode(errors="replace")) if status else None
+        crash = _content(file).decode(errors="replace").partition(_OURS)[0]  # the stack's last part is how we got there
+        return cls(rank, status, time, crash) if status else None
 
 
 def culprit(failures: Sequence[Failure]) -> Failure:
