@@ -112,7 +112,10 @@ def test_deepspeed_file(tmp_path: Path) -> None:
     [
         ({"train_micro_batch_size_per_gpu": 4}, 'train_micro_batch_size_per_gpu: use "auto"'),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: make the optimizer in the script"),
-        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "zero_optimization.overlap_comm: has no counterpart"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_comm": True}},
+            "zero_optimization.overlap_comm: has no counterpart",
+        ),
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: has no counterpart"),
         ({"zero_optimization": {"stage": "two"}}, "hf_ds_config.zero_optimization.stage: must be 0, 1, 2 or 3"),
     ],
