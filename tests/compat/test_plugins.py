@@ -112,7 +112,10 @@ def test_deepspeed_file(tmp_path: Path) -> None:
     [
         ({"train_micro_batch_size_per_gpu": 4}, 'train_micro_batch_size_per_gpu: use "auto"'),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: make the optimizer in the script"),
-        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "zero_optimization.overlap_comm: has no counterpart"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_comm": True}},
+            "zero_optimization.overlap_comm: has no counterpart",
+        ),
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: has no counterpart"),
         ({"zero_optimization": {"stage": "two"}}, "hf_ds_config.zero_optimization.stage: must be 0, 1, 2 or 3"),
     ],
@@ -155,7 +158,7 @@ def test_foreign_objects_are_refused(value: Any) -> None:
 
 
 def test_a_strategy_that_is_not_installed_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="strategies: no strategy named 'zero3' is installed; there are: .*ddp"):
+    with pytest.raises(ConfigError, match=r"strategies: no strategy named 'zero3' is installed; there are: .*ddp"):
         accel.Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
 
 
