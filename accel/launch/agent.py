@@ -125,8 +125,8 @@ class Agent:
                 rendezvous.serve()
             supervisor = Supervisor(workers, self.launcher, self.job.grace)
             code = supervisor.wait(lambda: rendezvous.serve() if rendezvous.asked else None)
-            if found := supervisor.failures:
-                print(failures.report(found, self.config.num_processes), file=sys.stderr)
+            if supervisor.failures and (text := failures.report(supervisor.failures, self.config.num_processes)):
+                print(text, file=sys.stderr)
         return code
 
     def _warm_up(self) -> bool:

@@ -70,10 +70,10 @@ def culprit(failures: Sequence[Failure]) -> Failure:
 
 
 def report(failures: Sequence[Failure], processes: int) -> str:
-    """What to print about a failed run. With one process that is what python itself would have printed."""
+    """What to print about a failed run. With one process that is what python itself would have printed, if anything."""
     first = culprit(failures)
     if processes == 1:
-        return first.text if first.status >= 0 else f"accel: the script {first.manner}"
+        return first.text.rstrip("\n") if first.status >= 0 else f"accel: the script {first.manner}"
     told = f"accel: rank {first.rank} of {processes} {first.manner}"
     if len(failures) > 1:
         told += f"; {len(failures) - 1} more failed after it"
