@@ -10,8 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(*command: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command and fail with what it printed unless it exits with 0. `path` is one more folder to import from."""
+def run(
+    *command: str, path: Path | None = None, folder: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder` and fail with what it printed unless it exits with 0.
+
+    `path` is one more folder to import from, `variables` are more for the environment.
+    """
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ACCEL_")}
     environ["OMP_NUM_THREADS"] = "1"  # threads of one process wait for each other where tests share the cores
     environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
@@ -19,7 +24,7 @@ def run(*command: str, path: Path | None = None, **variables: str) -> subprocess
         environ["PYTHONPATH"] = str(path)
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env=environ | variables,
         capture_output=True,
         text=True,
@@ -28,3 +33,9 @@ def run(*command: str, path: Path | None = None, **variables: str) -> subprocess
     )
     assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def install_third_party(target: Path) -> None:
+    """Install `examples/third_party` into a folder, and nothing else."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps")
+    run(*pip, "--no-build-isolation", "--target", str(target), str(ROOT / "examples" / "third_party"))

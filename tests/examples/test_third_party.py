@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from .commands import ROOT, run
+from .commands import ROOT, install_third_party, run
 from .test_examples import accuracy
 
 SOURCE = ROOT / "examples" / "third_party"
@@ -18,8 +17,7 @@ SOURCE = ROOT / "examples" / "third_party"
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the package is installed, and nothing else."""
     target = tmp_path_factory.mktemp("site")
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps")
-    run(*pip, "--no-build-isolation", "--target", str(target), str(SOURCE))
+    install_third_party(target)
     return target
 
 
