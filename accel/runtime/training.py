@@ -46,6 +46,7 @@ class Training(Process):
             self._models.append(model)
             for optimizer in self._optimizers:
                 rebind(optimizer, part.replaced)
+                self._check_optimizer(optimizer)
         return model
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -53,9 +54,14 @@ class Training(Process):
         if optimizer_part(optimizer) is None:
             rebind(optimizer, self._replaced)
             part = OptimizerPart(optimizer, self.precision, self._window, self._before_step, self._after_step)
+            self._check_optimizer(optimizer)
             prepare_optimizer(optimizer, part)
             self._optimizers.append(optimizer)
         return optimizer
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        for strategy in self.strategies:
+            strategy.check_optimizer(optimizer)
 
     @property
     def gradient_accumulation_steps(self) -> int:
