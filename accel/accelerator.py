@@ -177,8 +177,8 @@ class Accelerator(Training):
 
     def _state(self) -> state.State:
         return state.State(
-            models=self._models,
-            optimizers=self._optimizers,
+            models=[part.model for part in self._models],
+            optimizers=[part.optimizer for part in self._optimizers],
             schedulers=self._schedulers,
             loaders=self._loaders,
             registered=self._registered,
@@ -187,7 +187,10 @@ class Accelerator(Training):
         )
 
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
-        """Start the trackers that the config names; `config` holds the run's hyper-parameters. Main process only acts."""
+        """Start the trackers that the config names; `config` holds the run's hyper-parameters.
+
+        Called by all ranks or by the main process alone, which is the only one to act.
+        """
         if self.is_main_process:
             for part in self.plan.trackers:
                 tracker: Tracker = part.plugin(part.options, Path(self.config.project_dir))

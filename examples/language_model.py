@@ -54,7 +54,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [B, heads, T, width / heads]
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts
+        )  # [B, heads, T, width / heads]
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.out(mixed)
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
@@ -81,7 +83,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     @torch.no_grad()
-    def write(self, prompt, count, temperature=0.6):
+    def write(self, prompt, count, temperature=0.8):
         """Continue a prompt by `count` bytes."""
         text = torch.tensor([list(prompt.encode())], device=self.embed.weight.device)
         for _ in range(count):
@@ -92,13 +94,13 @@ class GPT(nn.Module):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--context", type=int, default=128, help="bytes that the model sees")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch_size", type=int, default=32, help="windows in a step, over all processes")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--context", type=int, default=64, help="bytes that the model sees")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch_size", type=int, default=16, help="windows in a step, over all processes")
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--megabytes", type=float, default=4, help="how much source to read")
     parser.add_argument("--sample", type=int, default=200, help="bytes to write at the end")
     return parser.parse_args()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import textwrap
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import questionary
@@ -37,9 +38,19 @@ STYLE = questionary.Style(
 _NOTHING = "none"
 
 
-def say(text: str = "", style: Literal["dim", "warning", "done", "question", "text"] = "text", end: str = "\n") -> None:
+def say(text: str = "", style: Literal["dim", "warning", "done", "question", "text"] = "text") -> None:
     """Print a line in one of the wizard's styles."""
-    print_formatted_text(FormattedText([(f"class:{style}", text)]), style=STYLE, end=end)
+    print_formatted_text(FormattedText([(f"class:{style}", text)]), style=STYLE)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a line as long as something takes, then wipe it."""
+    print(f"  {text}", end="", flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * (len(text) + 2)}\r", end="", flush=True)
 
 
 def ask(declared: Setting, default: Any, path: str) -> Any:
@@ -115,7 +126,7 @@ def _text(declared: Setting, default: Any, path: str) -> Any:
 
     answer: str = questionary.text(
         path,
-        instruction=f"{_below(declared.meaning)}\n ›",
+        instruction=f"{_below(declared.meaning)}\n >",
         placeholder=FormattedText([("class:placeholder", _NOTHING if default is None else shown)]),
         validate=problem,
         key_bindings=_spin(default, declared.minimum) if int in _types(declared.type) else None,

@@ -91,8 +91,9 @@ def _sequence(origin: Any, arguments: tuple[Any, ...], kind: str | None) -> dict
 
 
 def _choice(kind: str) -> dict[str, Any]:
-    """A plugin of a kind: its name, or its name with options."""
+    """A plugin of a kind: its name, if that is enough, or its name with options."""
     summaries = {entry.name: entry.summary for entry in registry.listings() if entry.kind == kind}
+    alone = [name for name in summaries if not _dataclass(registry.load(kind, name).Options).get("required")]
     with_options = {
         "type": "object",
         "additionalProperties": False,
@@ -100,10 +101,13 @@ def _choice(kind: str) -> dict[str, Any]:
         "maxProperties": 1,
         "properties": _options(kind),
     }
-    return {"anyOf": [*({"const": n, "description": text} for n, text in summaries.items()), with_options]}
+    return {"anyOf": [*({"const": name, "description": summaries[name]} for name in alone), with_options]}
 
 
 def _options(kind: str) -> dict[str, Any]:
-    """The settings of each plugin of a kind, by its name; nothing at all stands for none of them."""
+    """The settings of each plugin of a kind, by its name; nothing at all stands for an empty mapping."""
     schemas = {name: _dataclass(registry.load(kind, name).Options) for name in registry.names(kind)}
-    return {name: {"anyOf": [found, {"type": "null"}]} for name, found in schemas.items()}
+    return {
+        name: found if found.get("required") else {"anyOf": [found, {"type": "null"}]}
+        for name, found in schemas.items()
+    }

@@ -100,11 +100,10 @@ class Wizard:
         return plain_default(declared)
 
     def _hardware(self) -> Hardware:
-        waiting = "  looking at the hardware …"
-        questions.say(waiting, "dim", end="\r")
-        hardware = self._detection.wait()
+        with questions.waiting("looking at the hardware …"):
+            hardware = self._detection.wait()
         for line in hardware.describe():
-            questions.say(f"  {line}".ljust(len(waiting)), "warning" if line.startswith("(") else "dim")
+            questions.say(f"  {line}", "warning" if line.startswith("(") else "dim")
         return hardware
 
     def _ask_device(self, hardware: Hardware) -> None:

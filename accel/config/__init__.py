@@ -7,7 +7,16 @@ else reads `ACCEL_*` variables.
 
 from .parse import Choice, Setting, describe, parse_dataclass, parse_setting, setting, type_name
 from .settings import Config
-from .sources import CONFIG_VARIABLE, FILE_VARIABLE, Resolved, default_path, read_file, resolve, variable
+from .sources import (
+    CONFIG_VARIABLE,
+    FILE_VARIABLE,
+    Resolved,
+    default_path,
+    read_file,
+    relevant_variables,
+    resolve,
+    variable,
+)
 from .text import load_value, one_line, render
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "parse_dataclass",
     "parse_setting",
     "read_file",
+    "relevant_variables",
     "render",
     "resolve",
     "setting",

@@ -19,6 +19,22 @@ CONFIG_VARIABLE = "ACCEL_CONFIG"
 FILE_VARIABLE = "ACCEL_CONFIG_FILE"
 """Names the config file to use instead of the user's default one."""
 
+_RELEVANT = (
+    *(
+        "ACCEL_",
+        "CUDA_",
+        "GLOO_",
+        "HIP_",
+        "KMP_",
+        "LD_PRELOAD",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MALLOC_CONF",
+        "MASTER_",
+    ),
+    *("MKL_", "NCCL_", "OMP_", "PYTHONPATH", "PYTORCH_", "RANK", "ROCR_", "SLURM_", "TORCH", "WORLD_SIZE"),
+)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -92,6 +108,16 @@ def _resolve_layers(layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     return Resolved(Config.parse(values), origins)
+
+
+def relevant_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that change what a run does, for a bug report; what looks like a secret is not among them."""
+    secret = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+    return {
+        name: environ[name]
+        for name in sorted(environ)
+        if name.startswith(_RELEVANT) and not any(word in name for word in secret)
+    }
 
 
 def variable(name: str) -> str:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 class Steppable(Protocol):
     """What a precision sees of an optimizer: `step()` runs the user's own optimizer, unconditionally."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters and their settings, as torch keeps them."""
 
     def step(self, closure: Any = None) -> Any:
         """Update the parameters from their gradients."""

@@ -21,7 +21,8 @@ class Adopted:
     """Mixin of all adopted objects: copies and pickles drop what accel added."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         adopted, own = type(self), type(self).__bases__[1]
         arguments = tuple(own if argument is adopted else argument for argument in arguments)
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -54,7 +55,7 @@ def adopt(value: T, mixin: type[Adopted], part: Part, *overridden: str) -> T:
     attributes = value.__dict__
     part.shadowed = {name: attributes.pop(name) for name in overridden if name in attributes}
     attributes[PART] = part
-    value.__class__ = _adopted_class(mixin, type(value))
+    value.__class__ = _adopted_class(mixin, type(value))  # type: ignore[arg-type]
     return value
 
 

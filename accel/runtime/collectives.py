@@ -55,7 +55,7 @@ def gather_counted(value: Any, counts: Sequence[int], group: ProcessGroup | None
 def reduce(
     value: Any, group: ProcessGroup | None, reduction: Literal["mean", "sum", "none"] = "mean", scale: float = 1.0
 ) -> Any:
-    """Sum or average each tensor over the ranks, times `scale`. Raises CollectiveError where shapes or dtypes differ."""
+    """Sum or average each tensor over the ranks, times `scale`. Raises CollectiveError as `gather` does."""
     if reduction not in ("mean", "sum", "none"):
         raise CollectiveError(f"reduce: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
@@ -101,6 +101,12 @@ def broadcast(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
 
     _agree("broadcast", value, group, lambda t: (tuple(t.shape), t.dtype))
     return map_tensors(send, value)
+
+
+def broadcast_in_place(values: Sequence[Tensor], group: ProcessGroup, source: int = 0) -> None:
+    """Overwrite tensors with those of rank `source`; few large messages, as torch's DDP sends them at its start."""
+    if values:
+        dist._broadcast_coalesced(group, list(values), 250 << 20, source)  # type: ignore[attr-defined]
 
 
 def gather_object(value: T, group: ProcessGroup | None) -> list[T]:

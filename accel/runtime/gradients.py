@@ -94,7 +94,7 @@ class Arrivals:
         """Notice gradients of these parameters from now on."""
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._seen.append)
+                parameter.register_post_accumulate_grad_hook(self._seen.append)  # type: ignore[no-untyped-call]
 
     def __bool__(self) -> bool:
         return bool(self._seen)

@@ -35,7 +35,9 @@ class Mesh:
     @functools.cache  # noqa: B019 - a mesh lives as long as its process
     def axis(self, axis: Axis) -> MeshAxis:
         """One axis as this process sees it; an axis that no strategy fills has size 1."""
-        inner = math.prod(size for other, size in self.sizes.items() if list(self.sizes).index(other) > self._place(axis))
+        inner = math.prod(
+            size for other, size in self.sizes.items() if list(self.sizes).index(other) > self._place(axis)
+        )
         size = self.sizes.get(axis, 1)
         return MeshAxis(axis, size, self.world.rank // inner % size, self)
 

@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 class ModelPart(Part):
     """What accel knows of one prepared model. `replaced` maps the id of a parameter before setup to the one after."""
 
-    def __init__(self, strategies: Sequence[Strategy], precision: Precision) -> None:
+    def __init__(self, model: nn.Module, strategies: Sequence[Strategy], precision: Precision) -> None:
         super().__init__()
-        self.strategies, self.precision = strategies, precision
+        self.model, self.strategies, self.precision = model, strategies, precision
         self.replaced: dict[int, nn.Parameter] = {}
         self.owned: set[int] = set()
         self.arrivals = Arrivals()
         self.exchange_off = 0
         self._depth = 0
 
-    def setup(self, model: nn.Module, device: torch.device, watch: bool) -> None:
-        """Move, convert and spread a model, in place; all ranks."""
+    def setup(self, device: torch.device, watch: bool) -> None:
+        """Move, convert and spread the model, in place; all ranks."""
+        model = self.model
         self.precision.convert(model.to(device))
         before = dict(model.named_parameters(remove_duplicate=False))
         for strategy in self.strategies:
@@ -45,14 +46,14 @@ class ModelPart(Part):
         if watch:
             self.arrivals.watch(model.parameters())
 
-    def run(self, model: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward call: the outermost is announced to the strategies and its output converted."""
         if self._depth:
             return forward(*args, **kwargs)
         self._depth += 1
         try:
             for strategy in self.strategies:
-                strategy.before_forward(model)
+                strategy.before_forward(self.model)
             with self.precision.forward():
                 output = forward(*args, **kwargs)
             return self.precision.output(output)
@@ -66,13 +67,17 @@ class PreparedModel(Adopted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         part: ModelPart = self.__dict__["_accel"]
         inner = part.shadowed.get("forward") or super().forward  # type: ignore[misc]
-        return part.run(self, inner, args, kwargs)  # type: ignore[arg-type]
+        return part.run(inner, args, kwargs)
 
 
-def prepare_model(model: nn.Module, part: ModelPart, device: torch.device, watch: bool) -> nn.Module:
-    """Prepare a model in place, once; all ranks."""
-    part.setup(model, device, watch)
-    return adopt(model, PreparedModel, part, "forward")
+def prepare_model(
+    model: nn.Module, strategies: Sequence[Strategy], precision: Precision, device: torch.device, watch: bool
+) -> ModelPart:
+    """Prepare a model in place, once; all ranks. `watch` is whether to notice bare `loss.backward()` calls."""
+    part = ModelPart(model, strategies, precision)
+    part.setup(device, watch)
+    adopt(model, PreparedModel, part, "forward")
+    return part
 
 
 def model_part(model: nn.Module) -> ModelPart | None:

@@ -10,22 +10,22 @@ from typing import Any
 from torch import Tensor
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same nesting with `function` applied to each tensor; other leaves are kept as they are.
+def map_tensors(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type, ...] = Tensor) -> Any:
+    """The same nesting with `function` applied to each tensor, or `leaf`; other leaves are kept as they are.
 
     Containers keep their types. A container in which nothing changed is returned itself.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, leaf):
         return function(value)
     if isinstance(value, Mapping):
-        return _rebuild_mapping(value, {k: map_tensors(function, v) for k, v in value.items()})
+        return _rebuild_mapping(value, {k: map_tensors(function, v, leaf) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
-        items = [map_tensors(function, v) for v in value]
+        items = [map_tensors(function, v, leaf) for v in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _rebuild_dataclass(function, value)
+        return _rebuild_dataclass(function, value, leaf)
     return value
 
 
@@ -61,12 +61,12 @@ def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return type(value)(items)  # type: ignore[call-arg]
 
 
-def _rebuild_dataclass(function: Callable[[Tensor], Any], value: Any) -> Any:
+def _rebuild_dataclass(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type, ...]) -> Any:
     result = copy.copy(value)
     changed = False
     for field in dataclasses.fields(value):
         old = getattr(value, field.name)
-        new = map_tensors(function, old)
+        new = map_tensors(function, old, leaf)
         if new is not old:
             changed = True
             object.__setattr__(result, field.name, new)  # frozen dataclasses too: the copy is ours

@@ -48,6 +48,7 @@ class OptimizerPart(Part):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters and their settings, as torch keeps them."""
         return self.optimizer.param_groups
 
     def step(self, closure: Any = None) -> Any:
@@ -67,6 +68,8 @@ class OptimizerPart(Part):
     @property
     def closing(self) -> bool:
         """Whether the next call of `step` ends a window."""
+        if self.window.length == 1:
+            return True
         if self._is_explicit:
             return self.explicit.closing
         return self.window.closes_with(self.window.held + 1)

@@ -129,11 +129,15 @@ def _load_model(model: nn.Module, saved: Mapping[str, Tensor], folder: Path) -> 
     """Copy whole tensors into a model, each process its part."""
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     missing, unexpected = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    wrong = [f"{n}: {tuple(saved[n].shape)}, here {tuple(own[n].shape)}" for n in own.keys() & saved.keys()
-             if own[n].shape != saved[n].shape]
+    wrong = [
+        f"{n}: {tuple(saved[n].shape)}, here {tuple(own[n].shape)}"
+        for n in own.keys() & saved.keys()
+        if own[n].shape != saved[n].shape
+    ]
     if missing or unexpected or wrong:
         raise CheckpointError(
-            f"{folder}: does not fit this {type(model).__name__}: missing {missing}, unexpected {unexpected}, shapes {wrong}"
+            f"{folder}: does not fit this {type(model).__name__}: missing {missing}, unexpected {unexpected}, "
+            f"shapes {wrong}"
         )
     with torch.no_grad():
         for name, tensor in own.items():

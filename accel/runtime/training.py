@@ -31,8 +31,8 @@ class Training(Process):
     def __init__(self) -> None:
         self._active: list[PreparedLoader] = []
         self._window = ExplicitWindow(self.config.gradient_accumulation_steps, self._active)
-        self._models: list[nn.Module] = []
-        self._optimizers: list[Optimizer] = []
+        self._models: list[ModelPart] = []
+        self._optimizers: list[OptimizerPart] = []
         self._replaced: dict[int, nn.Parameter] = {}
         self._verified: dict[int, int] = {}
         self._closing = self._window.length == 1
@@ -40,13 +40,12 @@ class Training(Process):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
         if model_part(model) is None:
-            part = ModelPart(self.strategies, self.precision)
-            prepare_model(model, part, self.device, watch=self._must_watch)
+            part = prepare_model(model, self.strategies, self.precision, self.device, watch=self._must_watch)
             self._replaced.update(part.replaced)
-            self._models.append(model)
-            for optimizer in self._optimizers:
-                rebind(optimizer, part.replaced)
-                self._check_optimizer(optimizer)
+            self._models.append(part)
+            for owner in self._optimizers:
+                rebind(owner.optimizer, part.replaced)
+                self._check_optimizer(owner.optimizer)
         return model
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -56,7 +55,7 @@ class Training(Process):
             part = OptimizerPart(optimizer, self.precision, self._window, self._before_step, self._after_step)
             self._check_optimizer(optimizer)
             prepare_optimizer(optimizer, part)
-            self._optimizers.append(optimizer)
+            self._optimizers.append(part)
         return optimizer
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
@@ -79,13 +78,13 @@ class Training(Process):
     @property
     def optimizer_step_was_skipped(self) -> bool:
         """Whether an optimizer's last step was skipped, on all ranks, because gradients overflowed."""
-        return any(part.skipped for part in self._optimizer_parts)
+        return any(part.skipped for part in self._optimizers)
 
     @contextlib.contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
         """One micro-batch of an accumulation window. Without it, each call of `optimizer.step()` counts as one."""
         if self._window.enter():
-            for part in self._optimizer_parts:
+            for part in self._optimizers:
                 part.open = False
         try:
             yield
@@ -95,7 +94,7 @@ class Training(Process):
     @contextlib.contextmanager
     def no_sync(self, *models: nn.Module) -> Iterator[None]:
         """Backward passes inside only add gradients up on each process; the next one outside exchanges them."""
-        parts = [self._part(model, "no_sync") for model in models or self._models]
+        parts = [self._part(model, "no_sync") for model in models] or list(self._models)
         for part in parts:
             part.exchange_off += 1
         try:
@@ -123,23 +122,23 @@ class Training(Process):
             )
         if self._must_watch:
             self._settle_models("backward")
-        if any(part.unscaled for part in self._optimizer_parts):
+        if self.precision.scales_loss and any(part.unscaled for part in self._optimizers):
             raise PrepareError(
-                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled gradient "
+                "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled one "
                 "would come on top; call every backward of a step before clipping"
             )
         factor = self._loss_factor()
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         self._closing = self._closes()
-        reached = [(model, self._exchanges(model)) for model in self._models]
-        for model, exchange in reached:
+        exchanges = [self._exchanges(part) for part in self._models]
+        for part, exchange in zip(self._models, exchanges, strict=True):
             for strategy in self.strategies:
-                scaled = strategy.before_backward(model, scaled, exchange)
+                scaled = strategy.before_backward(part.model, scaled, exchange)
         scaled.backward(**options)  # type: ignore[no-untyped-call]
-        for model, exchange in reached:
+        for part, exchange in zip(self._models, exchanges, strict=True):
             for strategy in self.strategies:
-                strategy.after_backward(model, exchange)
-            self._part(model, "backward").arrivals.clear()
+                strategy.after_backward(part.model, exchange)
+            part.arrivals.clear()
         self._mark_gradients()
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -162,9 +161,9 @@ class Training(Process):
         """Make gradients plain again where losses are scaled; `clip_grad_norm_` does this by itself."""
         if not self.precision.scales_loss:
             return
-        chosen = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or self._optimizers)
-        for part in map(optimizer_part, chosen):
-            if part is not None and not part.unscaled and part.has_gradients():
+        chosen = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        for part in self._optimizers if chosen is None else filter(None, map(optimizer_part, chosen)):
+            if not part.unscaled and part.has_gradients():
                 self.precision.unscale(part)
                 part.unscaled = True
 
@@ -173,10 +172,6 @@ class Training(Process):
         """Whether gradients that arrive outside `backward` could be wrong."""
         return self.world.size > 1 or self._window.length > 1 or self.precision.scales_loss
 
-    @property
-    def _optimizer_parts(self) -> list[OptimizerPart]:
-        return [part for part in map(optimizer_part, self._optimizers) if part is not None]
-
     def _loss_factor(self) -> float:
         """Divides by the window's micro-batches, and weighs this process's share of an uneven batch."""
         weight = self._active[-1].weight if self._active else 1.0
@@ -184,17 +179,16 @@ class Training(Process):
             return weight
         if self._window.inside:
             return weight / self._window.planned
-        return weight / max((part.planned for part in self._optimizer_parts), default=1)
+        return weight / max((part.planned for part in self._optimizers), default=1)
 
     def _closes(self) -> bool:
         """Whether the window ends with this micro-batch."""
         if self._window.length == 1:
             return True
-        return self._window.closing if self._window.inside else any(part.closing for part in self._optimizer_parts)
+        return self._window.closing if self._window.inside else any(part.closing for part in self._optimizers)
 
-    def _exchanges(self, model: nn.Module) -> bool:
+    def _exchanges(self, part: ModelPart) -> bool:
         """Whether the coming backward pass must exchange the gradients of this model."""
-        part = self._part(model, "backward")
         if part.exchange_off:
             return False
         if self._window.length == 1:
@@ -206,11 +200,11 @@ class Training(Process):
 
     def _owners(self, parameters: set[int]) -> list[OptimizerPart]:
         """The optimizers that update some of the parameters with these ids."""
-        return [o for o in self._optimizer_parts if not parameters.isdisjoint(map(id, o.parameters()))]
+        return [o for o in self._optimizers if not parameters.isdisjoint(map(id, o.parameters()))]
 
     def _mark_gradients(self) -> None:
         """Remember that there may be gradients that no optimizer has used yet."""
-        for part in self._optimizer_parts:
+        for part in self._optimizers:
             part.spent = False
             if self._window.inside and self._window.length > 1:
                 part.open = True
@@ -226,12 +220,11 @@ class Training(Process):
 
     def _settle_models(self, call: str) -> None:
         """Deal with gradients that came from a bare `loss.backward()`: right, or refused."""
-        for model in self._models:
-            part = self._part(model, call)
+        for part in self._models:
             if part.arrivals:
                 self._refuse_bare_backward(call)
                 for strategy in self.strategies:
-                    strategy.settle(model)
+                    strategy.settle(part.model)
                 part.arrivals.clear()
 
     def _refuse_bare_backward(self, call: str) -> None:
@@ -241,10 +234,12 @@ class Training(Process):
         elif self.precision.scales_loss:
             reason = f"mixed_precision: {self.config.mixed_precision.name} scales the loss"
         elif self.world.size > 1 and any(loader.uneven is not False for loader in self._active):
-            reason = "the last batch of this loader may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
+            reason = "the last batch may be shared unevenly, which weighs the loss (drop_last=True avoids it)"
         else:
             return
-        raise PrepareError(f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)")
+        raise PrepareError(
+            f"{call}: gradients came from a bare loss.backward(), but {reason}; call accelerator.backward(loss)"
+        )
 
     def _before_step(self, part: OptimizerPart) -> None:
         self._verify(part)
@@ -254,20 +249,22 @@ class Training(Process):
     def _after_step(self, part: OptimizerPart) -> None:
         for strategy in self.strategies:
             for model in self._models:
-                strategy.after_step(model)
+                strategy.after_step(model.model)
         if self.precision.scales_loss:
-            self.precision.update([o for o in self._optimizer_parts if not (o.spent or o.unscaled) and o.has_gradients()])
+            self.precision.update(
+                [o for o in self._optimizers if not (o.spent or o.unscaled) and o.has_gradients()]
+            )
 
     def _verify(self, part: OptimizerPart) -> None:
         """Raise PrepareError if the optimizer steps parameters that nobody exchanges or converts."""
         count = sum(len(group["params"]) for group in part.param_groups)
         if self._verified.get(id(part)) == count:
             return
-        owned = set[int]().union(*(self._part(model, "step").owned for model in self._models))
+        owned = set[int]().union(*(model.owned for model in self._models))
         if stray := [parameter for parameter in part.parameters() if id(parameter) not in owned]:
             raise PrepareError(
-                f"optimizer.step(): {len(stray)} of {count} parameters of this {type(part.optimizer).__name__} (the first "
-                f"of shape {tuple(stray[0].shape)}) belong to no prepared model; pass their model to prepare() too"
+                f"optimizer.step(): {len(stray)} of {count} parameters of this {type(part.optimizer).__name__} (the "
+                f"first of shape {tuple(stray[0].shape)}) belong to no prepared model; pass their model to prepare() too"
             )
         self._verified[id(part)] = count
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import HashStore, ProcessGroup  # type: ignore[attr-defined]
 
 from ..errors import LaunchError
 
@@ -31,7 +31,9 @@ class World:
         Raises LaunchError if they are set in part, or contradict each other: two processes that both believe
         they are rank 0 would train apart and overwrite each other's results.
         """
-        given = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in environ}
+        given = {
+            name: environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in environ
+        }
         if "RANK" not in given and "WORLD_SIZE" not in given:
             return cls(0, 1, 0, 1)
         rank, size = (_integer(environ, name) for name in ("RANK", "WORLD_SIZE"))
@@ -39,7 +41,9 @@ class World:
             raise LaunchError(f"RANK={rank} is not one of WORLD_SIZE={size} processes; ranks start at 0")
         if size > 1 and len(given) < 4:
             missing = {"MASTER_ADDR", "MASTER_PORT"} - set(given)
-            raise LaunchError(f"WORLD_SIZE={size}, but {', '.join(sorted(missing))} is not set; start with `accel launch`")
+            raise LaunchError(
+                f"WORLD_SIZE={size}, but {', '.join(sorted(missing))} is not set; start with `accel launch`"
+            )
         local_rank = int(environ.get("LOCAL_RANK", rank))
         return cls(rank, size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", size)))
 
@@ -51,7 +55,7 @@ class World:
         if dist.is_initialized():
             return
         if self.size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout))
         atexit.register(leave)

@@ -6,6 +6,7 @@ clean state. It serves one request at a time and ends, workers and all, when the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -195,6 +196,7 @@ def _fork(request: Request, rank: int, port: int, control: Connection, output: S
         os.setpgid(pid, pid)  # in both processes: whichever comes first
         theirs.close()
         return _Worker(rank, pid, ours, stacks)
+    code = 1
     try:
         os.setpgid(0, 0)
         _end_with_parent()
@@ -203,11 +205,13 @@ def _fork(request: Request, rank: int, port: int, control: Connection, output: S
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         _take_over(request, rank, port, output)
         theirs.send(_call(request))
-        theirs.recv_bytes()  # rank 0 serves the others' store: it stays until all are done
-    except EOFError:
-        pass
+        code = 0
+        with contextlib.suppress(EOFError):
+            theirs.recv_bytes()  # rank 0 serves the others' store: it stays until all are done
+    except BaseException:  # noqa: BLE001 - it goes no further than this process, whose exit code tells of it
+        traceback.print_exc()
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _end_with_parent() -> None:

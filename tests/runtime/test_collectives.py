@@ -11,7 +11,7 @@ from accel.testing import run
 
 
 def group():
-    World.from_environment().connect("gloo")
+    World.from_environment().connect("gloo", timeout=60)
     return dist.group.WORLD, dist.get_rank()
 
 
@@ -40,7 +40,9 @@ def combine():
     pg, rank = group()
     value = torch.tensor([1.0, 2.0]) * (rank + 1)
     kept = value.clone()
-    results = [collectives.reduce(value, pg, how, scale).tolist() for how, scale in (("sum", 1), ("mean", 1), ("sum", 0.5))]
+    results = [
+        collectives.reduce(value, pg, how, scale).tolist() for how, scale in (("sum", 1), ("mean", 1), ("sum", 0.5))
+    ]
     assert torch.equal(value, kept), "reduce must not change its input"
     return results
 

@@ -21,7 +21,14 @@ class Batch:
 def test_every_container_keeps_its_type():
     one = torch.ones(1)
     default = defaultdict(list, a=one)
-    value = {"l": [one, "s"], "t": (one, 2), "p": Pair(one, None), "o": OrderedDict(k=one), "d": default, "b": Batch([one])}
+    value = {
+        "l": [one, "s"],
+        "t": (one, 2),
+        "p": Pair(one, None),
+        "o": OrderedDict(k=one),
+        "d": default,
+        "b": Batch([one]),
+    }
     result = map_tensors(lambda tensor: tensor * 2, value)
     assert [type(v) for v in result.values()] == [list, tuple, Pair, OrderedDict, defaultdict, Batch]
     assert result["d"].default_factory is list

@@ -27,7 +27,9 @@ def test_round_trip_through_json():
     assert torch.equal(result["tuple"][1][0], torch.arange(3))
     assert torch.equal(result[3]["nested"], torch.eye(2))
     assert type(result["counter"]) is Counter
-    assert [result[key] for key in ("a", "counter", "dtype", "$")] == [value[key] for key in ("a", "counter", "dtype", "$")]
+    assert [result[key] for key in ("a", "counter", "dtype", "$")] == [
+        value[key] for key in ("a", "counter", "dtype", "$")
+    ]
 
 
 def test_tensors_are_copies():

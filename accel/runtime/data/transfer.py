@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from abc import ABC
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from ..nested import map_tensors
+from .share import Share
 
 T = TypeVar("T")
+
+
+class Movable(ABC):  # noqa: B024 - what it asks for is in __subclasshook__
+    """Whatever has a `to` method and is no mapping: packed sequences, graphs, a user's own batch class."""
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return callable(getattr(kind, "to", None)) and not issubclass(kind, Mapping)
 
 
 def to_device(batch: T, device: torch.device) -> T:
     """The batch with every tensor on the device; containers keep their types, all else is the same object.
 
-    Looks into dicts and other mappings, lists, tuples, named tuples, dataclasses, and whatever has a `to` method.
+    Looks into dicts and other mappings, lists, tuples, named tuples and dataclasses; objects that have a `to`
+    method of their own are moved by it.
     """
-    result: T = _map(batch, lambda leaf: leaf.to(device))
+    result: T = map_tensors(lambda leaf: leaf.to(device), batch, Movable)
     return result
 
 
-def moved(batches: Iterable[tuple[Any, T]], device: torch.device | None) -> Iterator[tuple[Any, T]]:
-    """Items whose second part is moved to the device: on CUDA one item ahead, on a stream of its own."""
+def moved(batches: Iterable[tuple[Share, T]], device: torch.device | None) -> Iterator[tuple[Share, T]]:
+    """The batches on the device: on CUDA copied one batch ahead, on a stream of its own; none copied on CPU."""
     if device is None or device.type == "cpu":
         return iter(batches)
     if device.type == "cuda":
@@ -30,12 +42,12 @@ def moved(batches: Iterable[tuple[Any, T]], device: torch.device | None) -> Iter
     return ((share, to_device(batch, device)) for share, batch in batches)
 
 
-def _ahead(batches: Iterable[tuple[Any, T]], device: torch.device) -> Iterator[tuple[Any, T]]:
+def _ahead(batches: Iterable[tuple[Share, T]], device: torch.device) -> Iterator[tuple[Share, T]]:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ready: tuple[Any, T, torch.cuda.Event] | None = None
+    ready: tuple[Share, T, torch.cuda.Event] | None = None
     for share, batch in batches:
         with torch.cuda.stream(stream):
-            copied = _map(batch, lambda leaf: leaf.to(device, non_blocking=True) if _is_tensor(leaf) else leaf)
+            copied = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch, Tensor)
             following = share, copied, stream.record_event()
         if ready is not None:
             yield _arrived(*ready, device)
@@ -44,48 +56,15 @@ def _ahead(batches: Iterable[tuple[Any, T]], device: torch.device) -> Iterator[t
         yield _arrived(*ready, device)
 
 
-def _arrived(share: Any, batch: T, copied: torch.cuda.Event, device: torch.device) -> tuple[Any, T]:
+def _arrived(share: Share, batch: T, copied: torch.cuda.Event, device: torch.device) -> tuple[Share, T]:
     """Let the stream that computes wait for the copy, and keep the memory until that stream is done with it."""
     computing = torch.cuda.current_stream(device)
     computing.wait_event(copied)
 
     def arrive(leaf: Any) -> Any:
-        if not _is_tensor(leaf):
-            return leaf.to(device)  # an object's own `to` allocates memory that only this stream may use
+        if not isinstance(leaf, Tensor):
+            return leaf.to(device)
         leaf.record_stream(computing)
         return leaf
 
-    return share, _map(batch, arrive)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor)
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """`value` with `function` applied to what can be moved."""
-    if isinstance(value, Mapping):
-        items = {key: _map(item, function) for key, item in value.items()}
-        return _filled(value, items) if isinstance(value, MutableMapping) else type(value)(items)  # type: ignore[call-arg]
-    if callable(getattr(value, "to", None)) and not isinstance(value, type):
-        return function(value)
-    if isinstance(value, tuple):
-        elements = [_map(item, function) for item in value]
-        return type(value)(*elements) if hasattr(value, "_fields") else type(value)(elements)
-    if isinstance(value, list):
-        clone: Any = copy.copy(value)
-        clone[:] = [_map(item, function) for item in value]
-        return clone
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        clone = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(clone, field.name, _map(getattr(value, field.name), function))
-        return clone
-    return value
-
-
-def _filled(mapping: MutableMapping[Any, Any], items: dict[Any, Any]) -> MutableMapping[Any, Any]:
-    """A copy, so that a subclass keeps what it has beside its items (a default factory, attributes)."""
-    clone = copy.copy(mapping)
-    clone.update(items)
-    return clone
+    return share, map_tensors(arrive, batch, Movable)

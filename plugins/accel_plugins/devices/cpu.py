@@ -33,7 +33,7 @@ class CPU(Device):
         }
         if dtype not in probes:
             return Support.NATIVE
-        return Support.NATIVE if torch.backends.mkldnn.is_available() and probes[dtype]() else Support.EMULATED
+        return Support.NATIVE if torch.backends.mkldnn.enabled and probes[dtype]() else Support.EMULATED
 
     def memory(self) -> Memory:
         """Resident memory, from the kernel: torch keeps no count of CPU memory."""

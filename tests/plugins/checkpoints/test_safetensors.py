@@ -27,7 +27,14 @@ def test_what_is_saved_comes_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
         "optimizer_0": {"0.step": torch.tensor(7), "mask": torch.tensor([True, False])},
         "nothing": {},
     }
-    values = {"epoch": 3, "lr": 0.1, "name": "run", "none": None, "flags": [True, False], "nested": {"a": [1, {"b": 2}]}}
+    values = {
+        "epoch": 3,
+        "lr": 0.1,
+        "name": "run",
+        "none": None,
+        "flags": [True, False],
+        "nested": {"a": [1, {"b": 2}]},
+    }
     checkpoint.save(tmp_path, tensors, values)
     read_tensors, read_values = checkpoint.load(tmp_path)
     assert read_values == values
@@ -65,7 +72,13 @@ def test_parameters_are_saved_as_plain_tensors(checkpoint: Checkpoint, tmp_path:
 
 
 def test_numbers_that_json_lacks(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    values = {"best": math.inf, "worst": -math.inf, "loss": [math.nan, 1e-300], "$float": "nan", "$$": {"$float": "inf"}}
+    values = {
+        "best": math.inf,
+        "worst": -math.inf,
+        "loss": [math.nan, 1e-300],
+        "$float": "nan",
+        "$$": {"$float": "inf"},
+    }
     checkpoint.save(tmp_path, {}, values)
 
     def refuse(constant: str) -> None:

@@ -4,13 +4,13 @@ import warnings
 
 import pytest
 import torch
+from accel_plugins.devices.cpu import CPU
 from torch import nn
 
 from accel import Accelerator
 from accel.errors import ConfigError, PrepareError
 from accel.interfaces import Support
 from accel.testing import run
-from accel_plugins.devices.cpu import CPU
 
 
 class Probe(nn.Module):
@@ -32,7 +32,9 @@ def accelerator_of(precision, **settings):
         return Accelerator(device="cpu", mixed_precision=precision, **settings)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_forward_computes_in_the_dtype_and_returns_float32(name, dtype):
     accelerator = accelerator_of(name)
     model = accelerator.prepare(Probe())
@@ -167,13 +169,15 @@ def test_a_bare_backward_is_refused():
     model = nn.Linear(1, 1)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
     model(torch.ones(1, 1)).sum().backward()
-    with pytest.raises(PrepareError, match="mixed_precision: fp16 scales the loss; call accelerator.backward"):
+    with pytest.raises(PrepareError, match=r"mixed_precision: fp16 scales the loss; call accelerator\.backward"):
         optimizer.step()
 
 
 def test_an_emulated_precision_is_said_once(monkeypatch):
     monkeypatch.setattr(CPU, "support", lambda self, dtype: Support.EMULATED)
-    with pytest.warns(UserWarning, match="mixed_precision: fp16 is emulated on this cpu and slower than fp32") as caught:
+    with pytest.warns(
+        UserWarning, match="mixed_precision: fp16 is emulated on this cpu and slower than fp32"
+    ) as caught:
         Accelerator(device="cpu", mixed_precision="fp16")
     assert len(caught) == 1
 

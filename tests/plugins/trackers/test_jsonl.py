@@ -51,7 +51,13 @@ def test_each_call_is_a_line_at_once(tracker: Tracker, tmp_path: Path) -> None:
 
 def test_tensors_arrays_and_numbers_that_json_lacks(tracker: Tracker, tmp_path: Path) -> None:
     tracker.start("digits", {"folder": None})
-    values = {"a": torch.tensor(1.5), "b": np.float32(0.25), "c": np.arange(3), "d": math.nan, "e": (math.inf, -math.inf)}
+    values = {
+        "a": torch.tensor(1.5),
+        "b": np.float32(0.25),
+        "c": np.arange(3),
+        "d": math.nan,
+        "e": (math.inf, -math.inf),
+    }
     tracker.log(values, step=0)
     assert lines(tmp_path)[1]["values"] == {"a": 1.5, "b": 0.25, "c": [0, 1, 2], "d": "nan", "e": ["inf", "-inf"]}
 
