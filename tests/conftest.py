@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,12 @@ CACHES = {".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
 
 UNWATCHED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 """Variables that pytest sets, and torch when the first optimizer of a process imports its compiler."""
+
+KEPT = {"tqdm_monitor"}
+"""Threads that a library starts once and keeps."""
+
+GRACE = 1.0
+"""Seconds in which threads and processes that a test has told to end may do so."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,7 +49,7 @@ def guard() -> Iterator[None]:
     """Fail a test that leaves environment variables, threads, processes, process groups or files behind."""
     environment, folder, traces = _environment(), os.getcwd(), _traces()
     yield
-    found = {kind: now - traces[kind] for kind, now in _traces().items()}
+    found = _left(traces)
     found["environment variables"] = {name for name, _ in environment.items() ^ _environment().items()}
     found["working folder"] = {os.getcwd()} - {folder}
     _clean_up(environment, folder)
@@ -57,16 +65,33 @@ def _environment() -> dict[str, str]:
 def _traces() -> dict[str, set[str]]:
     """What exists now, by kind, of things that a test could leave behind."""
     return {
-        "threads": {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()},
-        "processes": _children() - {str(shared_processes().pid)},
+        "threads": {f"{thread.name} ({thread.ident})" for thread in threading.enumerate() if thread.name not in KEPT},
+        "processes": _children() - {str(shared_processes().pid), str(_resource_tracker())},
         "process groups": {"torch.distributed"} if _connected() else set(),
         "files": set(os.listdir(ROOT)) - CACHES,
     }
 
 
+def _left(before: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is there that was not before, once what is about to end has had the time to."""
+    deadline = time.monotonic() + GRACE
+    while True:
+        found = {kind: now - before[kind] for kind, now in _traces().items()}
+        if not (found["threads"] or found["processes"]) or time.monotonic() > deadline:
+            return found
+        gc.collect()  # an iterator over a DataLoader ends its workers when it is collected
+        time.sleep(0.02)
+
+
 def _children() -> set[str]:
     """Process ids of this process's children, where the system tells them."""
     return {pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()}
+
+
+def _resource_tracker() -> int | None:
+    """The process that multiprocessing starts once, with the first spawned worker, and keeps."""
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    return tracker._resource_tracker._pid if tracker else None
 
 
 def _connected() -> bool:
