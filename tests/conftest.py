@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.resource_tracker import _resource_tracker  # lives as long as the process that first spawned
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,17 @@ import pytest
 from accel.testing import shared_processes
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 4.0
+"""Seconds that a test's threads and processes get to end by themselves."""
+
+LASTING = {"tqdm_monitor"}
+"""Threads that a library keeps, once started, for as long as the process lives."""
+
 CACHES = {".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
 """What tools, not tests, write into the working folder."""
 
 UNWATCHED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 """Variables that pytest sets, and torch when the first optimizer of a process imports its compiler."""
-
-KEPT = {"tqdm_monitor"}
-"""Threads that a library starts once and keeps."""
-
-GRACE = 1.0
-"""Seconds in which threads and processes that a test has told to end may do so."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,6 +59,17 @@ def guard() -> Iterator[None]:
         pytest.fail(f"the test left behind {left}", pytrace=False)
 
 
+def _left(traces: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What exists now and did not before. What is on its way out, such as a loader's workers, gets time to end."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        left = {kind: now - traces[kind] for kind, now in _traces().items()}
+        if not (left["threads"] or left["processes"]) or time.monotonic() > deadline:
+            return left
+        gc.collect()
+        time.sleep(0.02)
+
+
 def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in UNWATCHED}
 
@@ -65,33 +77,16 @@ def _environment() -> dict[str, str]:
 def _traces() -> dict[str, set[str]]:
     """What exists now, by kind, of things that a test could leave behind."""
     return {
-        "threads": {f"{thread.name} ({thread.ident})" for thread in threading.enumerate() if thread.name not in KEPT},
-        "processes": _children() - {str(shared_processes().pid), str(_resource_tracker())},
+        "threads": {f"{t.name} ({t.ident})" for t in threading.enumerate() if t.name not in LASTING},
+        "processes": _children() - {str(shared_processes().pid), str(_resource_tracker._pid)},
         "process groups": {"torch.distributed"} if _connected() else set(),
         "files": set(os.listdir(ROOT)) - CACHES,
     }
 
 
-def _left(before: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What is there that was not before, once what is about to end has had the time to."""
-    deadline = time.monotonic() + GRACE
-    while True:
-        found = {kind: now - before[kind] for kind, now in _traces().items()}
-        if not (found["threads"] or found["processes"]) or time.monotonic() > deadline:
-            return found
-        gc.collect()  # an iterator over a DataLoader ends its workers when it is collected
-        time.sleep(0.02)
-
-
 def _children() -> set[str]:
     """Process ids of this process's children, where the system tells them."""
     return {pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()}
-
-
-def _resource_tracker() -> int | None:
-    """The process that multiprocessing starts once, with the first spawned worker, and keeps."""
-    tracker = sys.modules.get("multiprocessing.resource_tracker")
-    return tracker._resource_tracker._pid if tracker else None
 
 
 def _connected() -> bool:

@@ -34,7 +34,7 @@ class DataLoaderConfiguration(Translation):
     data_seed: int | None = becomes("data_seed")
     use_seedable_sampler: bool = only(True, "shuffling is always a function of data_seed and the epoch", False)
     non_blocking: bool = only(False, "whether a copy can overlap with work is found out from the device", True)
-    use_stateful_dataloader: bool = only(False, "a prepared loader keeps its position in save_state by itself")
+    use_stateful_dataloader: bool = only(True, "a prepared loader always keeps its position in save_state", False)
 
 
 @dataclass

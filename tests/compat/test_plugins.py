@@ -47,7 +47,7 @@ from accel.compat.translation import Translation, combine
         (GradientAccumulationPlugin(), {}),
         (DataLoaderConfiguration(), {}),
         (DataLoaderConfiguration(split_batches=True, data_seed=3), {"split_batches": True, "data_seed": 3}),
-        (DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True), {}),
+        (DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True, use_stateful_dataloader=True), {}),
         (ProjectConfiguration(project_dir="runs"), {"project_dir": "runs"}),
         (ProjectConfiguration(project_dir=Path("runs"), logging_dir="runs"), {"project_dir": "runs"}),
         (ProjectConfiguration(), {}),
@@ -76,7 +76,6 @@ def test_settings(given: Translation, settings: dict[str, Any]) -> None:
         (FullyShardedDataParallelPlugin(sharding_strategy="HYBRID_SHARD"), "sharding_strategy: 'HYBRID_SHARD' cannot"),
         (FullyShardedDataParallelPlugin(cpu_offload=True), "FullyShardedDataParallelPlugin.cpu_offload: True cannot"),
         (GradientAccumulationPlugin(sync_with_dataloader=False), "sync_with_dataloader: False cannot be honoured"),
-        (DataLoaderConfiguration(use_stateful_dataloader=True), "use_stateful_dataloader: True cannot"),
         (ProjectConfiguration(project_dir="a", logging_dir="b"), "ProjectConfiguration.logging_dir: 'b' cannot differ"),
         (ProjectConfiguration(total_limit=3), "ProjectConfiguration.total_limit: 3 cannot"),
         (InitProcessGroupKwargs(backend="mpi"), "InitProcessGroupKwargs.backend: 'mpi' cannot.*device decides"),
@@ -112,7 +111,10 @@ def test_deepspeed_file(tmp_path: Path) -> None:
     [
         ({"train_micro_batch_size_per_gpu": 4}, 'train_micro_batch_size_per_gpu: use "auto"'),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: make the optimizer in the script"),
-        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "zero_optimization.overlap_comm: has no counterpart"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_comm": True}},
+            "zero_optimization.overlap_comm: has no counterpart",
+        ),
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: has no counterpart"),
         ({"zero_optimization": {"stage": "two"}}, "hf_ds_config.zero_optimization.stage: must be 0, 1, 2 or 3"),
     ],
@@ -155,7 +157,7 @@ def test_foreign_objects_are_refused(value: Any) -> None:
 
 
 def test_a_strategy_that_is_not_installed_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="strategies: no strategy named 'zero3' is installed; there are: .*ddp"):
+    with pytest.raises(ConfigError, match=r"strategies: no strategy named 'zero3' is installed; there are: .*ddp"):
         accel.Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
 
 
