@@ -238,6 +238,14 @@ def test_flags_and_environment_have_the_last_word(write: Any) -> None:
     assert (resolved.config.num_processes, str(resolved.config.device and resolved.config.device.name)) == (2, "cpu")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [deepspeed(offload_optimizer_device="cpu"), fsdp(fsdp_offload_params=True, fsdp_activation_checkpointing=True)],
+)
+def test_strategies_have_the_options_that_files_ask_for(write: Any, changes: dict[str, Any]) -> None:
+    assert main(["config", "validate", str(write(**changes))]) == 0
+
+
 def test_what_is_not_installed_is_refused_by_name(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "validate", str(write(distributed_type="MULTI_SDAA"))]) == 2
     assert "device: no device named 'sdaa' is installed; there are: " in capsys.readouterr().err
