@@ -22,9 +22,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "pure_bf16"])
-def test_trains_with_both(installed: Path, processes: int, precision: str) -> None:
-    flags = ("--cpu", "--num_processes", str(processes), "--strategy", "averaging", "--mixed_precision", precision)
+def test_trains_with_both(installed: Path, processes: int) -> None:
+    flags = ("--cpu", "--num_processes", str(processes), "--strategy", "averaging", "--mixed_precision", "pure_bf16")
     done = run("accel", "launch", *flags, "examples/image_classification.py", "--epochs", "4", path=installed)
     assert accuracy(done.stdout) >= 0.85
 
