@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check everything that can be checked, then hand over to the launcher that the config names."""
-    config = resolve(options.config_file, _flags(options)).config
+    config = resolve(options.config_file, flags(options)).config
     plan = Plan.of(config)
     command = Command(options.target, tuple(options.arguments), options.module)
     _check(command)
@@ -86,7 +86,7 @@ def _items(text: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _flags(options: argparse.Namespace) -> dict[str, Any]:
+def flags(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given as flags, as plain YAML values."""
     given = {setting.name: getattr(options, setting.name) for setting in describe(Config)}
     return {name: value for name, value in given.items() if value is not None}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
     from .precision import Precision
 
@@ -84,6 +85,12 @@ class Strategy:
         """Spread a model over the axis, in place. It is on the device and converted by the precision.
 
         Raises PrepareError for a model that this strategy cannot train right.
+        """
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise PrepareError if this optimizer cannot update parameters as this strategy has laid them out.
+
+        Called when an optimizer is prepared, and again for those at hand when a model is.
         """
 
     def before_forward(self, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
 from .adopt import Adopted, Part, adopt, part_of
 from .gradients import Arrivals
+from .shards import accept_whole_model_states, divide_like
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -37,6 +38,7 @@ class ModelPart(Part):
         before = dict(model.named_parameters(remove_duplicate=False))
         for strategy in self.strategies:
             strategy.setup(model)
+        accept_whole_model_states(model)
         after = dict(model.named_parameters(remove_duplicate=False))
         self._originals = list(before.values())  # alive, so that their ids stay theirs
         self.replaced = {id(old): after[name] for name, old in before.items()}
@@ -105,13 +107,4 @@ def rebind(optimizer: Optimizer, replaced: dict[int, nn.Parameter]) -> None:
         group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
     for old in [parameter for parameter in optimizer.state if replaced.get(id(parameter), parameter) is not parameter]:
         new = replaced[id(old)]
-        optimizer.state[new] = {name: _like(value, old, new) for name, value in optimizer.state.pop(old).items()}
-
-
-def _like(value: Any, old: Tensor, new: Tensor) -> Any:
-    """A tensor of an optimizer's state, laid out as the parameter that it belongs to."""
-    if isinstance(value, Tensor) and isinstance(new, DTensor) and value.shape == old.shape and value.dim():
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value, new.device_mesh, new.placements, src_data_rank=None)
-    return value
+        optimizer.state[new] = {name: divide_like(value, new) for name, value in optimizer.state.pop(old).items()}

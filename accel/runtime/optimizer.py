@@ -16,6 +16,7 @@ from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from .adopt import Adopted, Part, adopt, part_of
 from .gradients import ExplicitWindow, Window
+from .shards import accept_whole_optimizer_states
 
 
 class OptimizerPart(Part):
@@ -140,6 +141,7 @@ class PreparedOptimizer(Adopted):
 
 def prepare_optimizer(optimizer: Optimizer, part: OptimizerPart) -> Optimizer:
     """Prepare an optimizer in place, once."""
+    accept_whole_optimizer_states(optimizer)
     return adopt(optimizer, PreparedOptimizer, part, "step", "zero_grad")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -23,6 +22,7 @@ from .loader import PreparedLoader
 from .model import whole_state_dict
 from .pack import pack, unpack
 from .random import generator_states, load_generator_states
+from .shards import divide_like
 from .world import World
 
 
@@ -63,7 +63,7 @@ def load(folder: Path, state: State, format: Checkpoint, world: World) -> None:
     for index, model in enumerate(state.models):
         _load_model(model, tensors[f"model_{index}"], folder)
     for index, optimizer in enumerate(state.optimizers):
-        _load_optimizer(optimizer, unpack(values["optimizer"][index], tensors[f"optimizer_{index}"]))
+        optimizer.load_state_dict(unpack(values["optimizer"][index], tensors[f"optimizer_{index}"]))
     for group, objects in state.others().items():
         for index, value in enumerate(objects):
             value.load_state_dict(unpack(values[group][index], tensors[group]))
@@ -141,22 +141,4 @@ def _load_model(model: nn.Module, saved: Mapping[str, Tensor], folder: Path) -> 
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(_like(saved[name], tensor))
-
-
-def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, state in saved["state"].items():
-        parameter = parameters[index]
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = _like(value, parameter)
-    optimizer.load_state_dict(saved)
-
-
-def _like(value: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, laid out over the processes as `model` is."""
-    if isinstance(model, DTensor):
-        local = value.to(model.device)
-        return distribute_tensor(local, model.device_mesh, model.placements, src_data_rank=None)
-    return value
+            tensor.copy_(divide_like(saved[name], tensor))

@@ -45,6 +45,7 @@ class Training(Process):
             self._models.append(part)
             for owner in self._optimizers:
                 rebind(owner.optimizer, part.replaced)
+                self._check_optimizer(owner.optimizer)
         return model
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -52,9 +53,14 @@ class Training(Process):
         if optimizer_part(optimizer) is None:
             rebind(optimizer, self._replaced)
             part = OptimizerPart(optimizer, self.precision, self._window, self._before_step, self._after_step)
+            self._check_optimizer(optimizer)
             prepare_optimizer(optimizer, part)
             self._optimizers.append(part)
         return optimizer
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        for strategy in self.strategies:
+            strategy.check_optimizer(optimizer)
 
     @property
     def gradient_accumulation_steps(self) -> int:

@@ -150,6 +150,13 @@ def test_data_loaders_start_workers_of_their_own(launch: Launch) -> None:
     assert Counter(result.stdout.splitlines()) == {f"fork {batches}": 2, f"spawn {batches}": 2}
 
 
+def test_input_is_the_first_workers(launch: Launch) -> None:
+    script = launch.script("print(rank, sys.stdin.read())")
+    (launch.folder / "typed").write_text("hello")
+    run = launch.start(*QUICK, "--num_processes", "2", script, stdin=launch.folder / "typed")
+    assert sorted(run.communicate(timeout=30)[0].splitlines()) == ["0 hello", "1 "]
+
+
 def test_two_runs_at_once(launch: Launch) -> None:
     script = launch.script(REDUCE)
     runs = [launch.start("--cpu", "--num_processes", "2", script) for _ in range(3)]

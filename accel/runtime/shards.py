@@ -1,0 +1,79 @@
+"""Whole tensors where users have them, parts where processes hold them.
+
+Where a strategy has made parameters DTensors, state dicts made elsewhere still load, and state dicts made here
+cannot be pickled by mistake: torch would write this process's part and call it the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from ..errors import CheckpointError
+
+
+def divide_like(value: Any, model: Tensor) -> Any:
+    """A whole tensor, laid out over the processes as `model` is; what is no whole tensor of its shape stays.
+
+    Every process brings the same tensor; nothing is sent.
+    """
+    if not isinstance(model, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != model.shape or not value.dim():
+        return value
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
+def accept_whole_model_states(model: nn.Module) -> None:
+    """Let `model.load_state_dict` take whole tensors, and keep what `model.state_dict` gives from being pickled."""
+    for module in model.modules():
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            module.register_load_state_dict_pre_hook(_divide_model_state)
+            module.register_state_dict_post_hook(_guard_model_state)
+
+
+def accept_whole_optimizer_states(optimizer: Optimizer) -> None:
+    """The same for `optimizer.load_state_dict` and `optimizer.state_dict`."""
+    optimizer.register_load_state_dict_pre_hook(_divide_optimizer_state)
+    optimizer.register_state_dict_post_hook(_guard_optimizer_state)
+
+
+def _divide_model_state(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if prefix + name in state:
+            state[prefix + name] = divide_like(state[prefix + name], parameter)
+
+
+def _divide_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    places = [place for group in state["param_groups"] for place in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    divided = dict(state["state"])
+    for place, parameter in zip(places, parameters, strict=False):  # torch itself says so if they do not fit
+        if place in divided:
+            divided[place] = {name: divide_like(value, parameter) for name, value in divided[place].items()}
+    return {**state, "state": divided}
+
+
+def _guard_model_state(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    _guard(state[prefix + name] for name, _ in module.named_parameters(recurse=False) if prefix + name in state)
+
+
+def _guard_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    _guard(value for kept in state["state"].values() for value in kept.values())
+
+
+def _guard(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter):
+            value.__reduce_ex__ = _refuse_pickle  # type: ignore[method-assign]
+
+
+def _refuse_pickle(protocol: Any) -> NoReturn:
+    raise CheckpointError(
+        "state_dict(): the model is divided among the processes, and this holds only a part of it; for the whole, all "
+        "ranks call accelerator.get_state_dict(model), or accelerator.save_state(folder)"
+    )

@@ -1,0 +1,37 @@
+"""A reduce-scatter that sends each byte once, for backends whose own is an all-reduce underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+
+class AllToAllReduceScatter(ReduceScatter):
+    """Every rank sends each other rank its part, and adds up what it gets: half of an all-reduce's bytes.
+
+    gloo has no reduce-scatter of its own: torch runs an all-reduce and keeps a part. The sum is taken in float32
+    and in the order of the ranks, so that it does not depend on timing.
+    """
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(group.size(), -1), 0, out=output_tensor.view(-1))
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(group.size())
+
+
+def reduce_scatter_for(group: dist.ProcessGroup, device: torch.device) -> ReduceScatter | None:
+    """The reduce-scatter to use in place of the backend's own; None where that one is good."""
+    backend: str = group._get_backend(device).name()
+    return AllToAllReduceScatter() if backend == "gloo" else None

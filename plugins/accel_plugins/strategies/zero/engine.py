@@ -1,0 +1,163 @@
+"""One model under torch's `fully_shard`, and what has to be repaired around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from accel.errors import PrepareError
+
+from .blocks import find_blocks
+from .comm import reduce_scatter_for
+from .entries import Entries
+from .exchange import Exchange
+from .groups import Groups
+from .recompute import checkpoint_activations
+
+if TYPE_CHECKING:
+    from .strategy import Zero
+
+_BROADCAST_BYTES = 250 << 20
+"""Tensors are broadcast in lots of this many bytes, as torch's own DDP does it."""
+
+
+class ShardedModel:
+    """A model whose parameters are divided among the processes, in place; all ranks make one together."""
+
+    def __init__(self, model: nn.Module, strategy: Zero) -> None:
+        self.model, self.strategy, self.options = model, strategy, strategy.options
+        self.exchange: Exchange | None = None
+        blocks = self._find_blocks()
+        self._improve_blocks(blocks)
+        if not self._divides:
+            return
+        self._broadcast([*model.parameters(), *model.buffers()])
+        if next(model.parameters(), None) is None:
+            return
+        self._shard(blocks)
+        self.groups = Groups(model)
+        self.exchange = Exchange(self.groups, strategy.mesh.group, strategy.options.find_unused_parameters)
+        entries = Entries(model, blocks, self.groups)
+        entries.wrap_methods(self.options.methods, f"strategies.{strategy.name}.methods")
+        if self.options.find_unused_parameters and not strategy.reshards_after_forward:
+            entries.gather_in_order()
+        model.zero_grad = self.groups.zero_grad  # type: ignore[method-assign]
+        self._refuse_copies()
+
+    def before_backward(self, exchange: bool) -> None:
+        """Say whether the coming backward pass exchanges gradients, and whether parameters stay gathered after it."""
+        if self.exchange is not None:
+            exchange = exchange or self.strategy.exchanges_every_micro_batch
+            self.exchange.begin(exchange, reshard=exchange or not self.strategy.gathers_once_a_window)
+
+    def after_backward(self, exchange: bool, alone: bool) -> None:
+        """Make up for an exchange that this process's loss did not set off, and give all the same buffers."""
+        if self.exchange is not None:
+            self.exchange.end(alone)
+        if exchange:
+            self.broadcast_buffers()
+
+    def broadcast_buffers(self) -> None:
+        """Give every process rank 0's buffers."""
+        if self._divides and self.options.broadcast_buffers and self.model.training:
+            self._broadcast(list(self.model.buffers()))
+
+    def reshard(self) -> None:
+        """Free gathered parameters: the next forward must see what the optimizer made of them."""
+        if self.exchange is not None:
+            self.groups.reshard()
+
+    @property
+    def _divides(self) -> bool:
+        return self.strategy.mesh.size > 1 or self.options.offload != "none"
+
+    def _find_blocks(self) -> list[nn.Module]:
+        setting = f"strategies.{self.strategy.name}.blocks"
+        return find_blocks(self.model, self.options.blocks, self.options.minimum_size, setting)
+
+    def _improve_blocks(self, blocks: list[nn.Module]) -> None:
+        """Recompute and compile block by block: what is gathered as one is what computes as one."""
+        options = self.options
+        for wanted, setting in ((options.activation_checkpointing != "none", "activation_checkpointing"), (options.compile, "compile")):
+            if wanted and not blocks:
+                raise PrepareError(
+                    f"strategies.{self.strategy.name}.{setting}: found no repeated blocks in this "
+                    f"{type(self.model).__name__}; name them with strategies.{self.strategy.name}.blocks, "
+                    "or lower minimum_size"
+                )
+        for block in blocks:
+            if options.activation_checkpointing != "none":
+                checkpoint_activations(block, selective=options.activation_checkpointing == "selective")
+            if options.compile:
+                block.compile()
+
+    def _shard(self, blocks: list[nn.Module]) -> None:
+        before = {id(parameter): parameter for parameter in self.model.parameters()}
+        for parameter in before.values():
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        policy: dict[str, Any] = {
+            "mesh": self._mesh(),
+            "mp_policy": MixedPrecisionPolicy(
+                reduce_dtype=getattr(torch, self.options.reduce_dtype), cast_forward_inputs=False
+            ),
+            "offload_policy": self._offload_policy(),
+        }
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
+        fully_shard(self.model, reshard_after_forward=False, **policy)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule) and (own := reduce_scatter_for(self.strategy.mesh.group, self.strategy.device)):
+                module.set_custom_reduce_scatter(own)
+        for parameter in before.values():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
+        self.strategy.originals |= before
+
+    def _mesh(self) -> DeviceMesh:
+        """The data axis; with replicas, as a grid of replicas and shards."""
+        axis, replicas = self.strategy.mesh, self.options.replicas
+        if replicas == 1:
+            return axis.device_mesh
+        if axis.size != dist.get_world_size():
+            raise PrepareError(
+                f"strategies.{self.strategy.name}.replicas: {replicas} needs all {dist.get_world_size()} processes on "
+                f"the data axis, which has {axis.size}; set replicas: 1 beside other strategies"
+            )
+        shape, names = (replicas, axis.size // replicas), ("replicas", "shards")
+        return init_device_mesh(self.strategy.device.type, shape, mesh_dim_names=names)
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if self.options.offload == "none":
+            return OffloadPolicy()
+        able = torch.accelerator.is_available()
+        if self.options.pin_memory and not able:
+            raise PrepareError(
+                f"strategies.{self.strategy.name}.pin_memory: needs an accelerator, and this machine has none; leave it out"
+            )
+        return CPUOffloadPolicy(pin_memory=able if self.options.pin_memory is None else self.options.pin_memory)
+
+    def _broadcast(self, tensors: list[Tensor]) -> None:
+        if self.strategy.mesh.size > 1 and tensors:
+            local = [t.to_local() if isinstance(t, DTensor) else t for t in (tensor.detach() for tensor in tensors)]
+            dist._broadcast_coalesced(self.strategy.mesh.group, local, _BROADCAST_BYTES, 0)
+
+    def _refuse_copies(self) -> None:
+        """Say what to call instead of copying a divided model, which torch cannot."""
+        name = type(self.model).__name__.removeprefix("FSDP")
+
+        def refuse(memo: Any) -> None:
+            raise PrepareError(
+                f"copy.deepcopy: this {name} is divided among the processes and cannot be copied; copy it before "
+                "prepare() and prepare both, whose parameters then pair up; for its weights, use get_state_dict()"
+            )
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.__dict__["__deepcopy__"] = refuse

@@ -1,0 +1,106 @@
+"""Torch's parameter groups of one sharded model: the one place that knows how to reach FSDP2's insides.
+
+A group is what is gathered, reduced and freed as one: a block, or the rest of the model. Torch has no public way
+to reach them; the names used here are the same from 2.11 on, but for the one that `_groups_of` looks after.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+
+class Groups:
+    """All groups of a model that `fully_shard` was applied to, in the order in which forward needs them.
+
+    `all` begins with the group of what no block holds, if there is such; `rest` is that one or none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        assert isinstance(model, FSDPModule)
+        self.root: Any = model._get_fsdp_state()
+        self.root._lazy_init()
+        self.states: list[Any] = list(self.root._state_ctx.all_states)
+        self.rest: list[Any] = _groups_of(self.root)
+        self.all: list[Any] = [group for state in self.states for group in _groups_of(state)]
+        self._hidden: set[Any] = set()
+        for group in self.all:
+            group.pre_forward = functools.partial(self._shown, group, group.pre_forward)
+            group.pre_backward = functools.partial(self._shown, group, group.pre_backward)
+
+    def parameters(self) -> Iterator[Any]:
+        """Torch's record of each parameter, in order."""
+        for group in self.all:
+            yield from group.fsdp_params
+
+    def reshard(self) -> None:
+        """Free all gathered parameters."""
+        for group in self.all:
+            group._to_sharded()
+
+    def hide(self) -> None:
+        """Let the model show its divided parameters, though gathered ones stay for the forward or backward to come.
+
+        Else a loop would see either, depending on the moment: an optimizer or a clipping made with gathered ones
+        would do nothing.
+        """
+        for group in self.all:
+            if group.is_unsharded and group not in self._hidden:
+                self._hidden.add(group)
+                for parameter in group.fsdp_params:
+                    parameter._setattr_on_modules(parameter.sharded_param)
+
+    def _shown(self, group: Any, inner: Callable[..., Any], *args: Any) -> Any:
+        """Let a module compute with gathered parameters that `hide` had hidden."""
+        if group in self._hidden:
+            self._hidden.discard(group)
+            if group.is_unsharded:
+                for parameter in group.fsdp_params:
+                    parameter.to_unsharded()
+        return inner(*args)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients: the parts, and what was added up without being exchanged."""
+        for parameter in self.parameters():
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+            if set_to_none:
+                parameter.sharded_param.grad = None
+            elif parameter.sharded_param.grad is not None:
+                parameter.sharded_param.grad.zero_()
+
+    @property
+    def idle(self) -> bool:
+        """Whether neither forward nor backward is under way in the outermost module."""
+        return bool(self.root._training_state == TrainingState.IDLE)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a forward that has ended, by an exception, was never finished."""
+        return bool(self.root._training_state == TrainingState.FORWARD)
+
+    def recover(self) -> None:
+        """Be ready for the next forward after an exception ended one."""
+        for state in self.states:
+            state._training_state = TrainingState.IDLE
+        for group in self.all:
+            group._training_state = TrainingState.IDLE
+            group.wait_for_unshard()
+            group._post_forward_indices.clear()
+        self.root._state_ctx.iter_forward_root = None
+        self.root._comm_ctx.all_gather_state = None
+        self.root._comm_ctx.post_forward_order.clear()
+        self.reshard()
+
+
+def _groups_of(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
