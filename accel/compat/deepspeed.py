@@ -31,7 +31,8 @@ def read_deepspeed(config: Mapping[str, Any] | str | os.PathLike[str] | None) ->
     settings: dict[str, Any] = {}
     zero = sections.pop("zero_optimization", {})
     if "stage" in zero:
-        settings["strategies"] = zero_strategy(zero.pop("stage"), "hf_ds_config.zero_optimization.stage")
+        where = "hf_ds_config.zero_optimization.stage"
+        settings["strategies"] = zero_strategy(zero.pop("stage"), where, _zero_options(zero))
     if "gradient_accumulation_steps" in sections:
         settings["gradient_accumulation_steps"] = sections.pop("gradient_accumulation_steps")
     fp16, bf16 = sections.pop("fp16", {}), sections.pop("bf16", {})
@@ -44,11 +45,11 @@ def read_deepspeed(config: Mapping[str, Any] | str | os.PathLike[str] | None) ->
     return settings
 
 
-def zero_strategy(stage: Any, path: str) -> dict[str, Any]:
+def zero_strategy(stage: Any, path: str, options: dict[str, Any]) -> dict[str, Any]:
     """The strategy that shards as much as ZeRO's `stage` does (Rajbhandari et al. 2020); stage 0 is `ddp`."""
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"{path}: must be 0, 1, 2 or 3, got {stage!r}")
-    return {f"zero{stage}" if stage else "ddp": {}}
+    return {f"zero{stage}" if stage else "ddp": options}
 
 
 def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
@@ -66,6 +67,20 @@ def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy without what is "auto"."""
     return {k: _known(v) if isinstance(v, Mapping) else v for k, v in values.items() if v != "auto"}
+
+
+def _zero_options(section: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of a zero_optimization section what it can say in the options of our strategies."""
+    options: dict[str, Any] = {}
+    for name in ("offload_optimizer", "offload_param"):
+        offload = section.get(name)
+        if isinstance(offload, Mapping) and offload.keys() <= {"device", "pin_memory"}:
+            device, pin = offload.get("device", "none"), offload.get("pin_memory")
+            if device == "cpu":
+                options.update({"offload": "cpu"} | ({"pin_memory": pin} if pin is not None else {}))
+            if device in ("cpu", "none"):
+                del section[name]
+    return options
 
 
 def _fp16_options(section: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .deepspeed import read_deepspeed, zero_strategy
 from .translation import PluginOptions, Translation, becomes, only
 
-_NO_OFFLOAD = "parameters and optimizer state stay on the device"
+_NO_NVME = "what is offloaded lives in the host's memory"
 
 
 @dataclass
@@ -69,10 +69,10 @@ class DeepSpeedPlugin(Translation):
     )
     zero_stage: int | None = None
     is_train_batch_min: bool = only(True, "a loader's own batch size counts", False)
-    offload_optimizer_device: str | None = only(None, _NO_OFFLOAD, "none")
-    offload_param_device: str | None = only(None, _NO_OFFLOAD, "none")
-    offload_optimizer_nvme_path: str | None = only(None, _NO_OFFLOAD, "none")
-    offload_param_nvme_path: str | None = only(None, _NO_OFFLOAD, "none")
+    offload_optimizer_device: str | None = only(None, _NO_NVME, "none", "cpu")
+    offload_param_device: str | None = only(None, _NO_NVME, "none", "cpu")
+    offload_optimizer_nvme_path: str | None = only(None, _NO_NVME, "none")
+    offload_param_nvme_path: str | None = only(None, _NO_NVME, "none")
     zero3_init_flag: bool | None = only(None, "models are built whole, then prepared", False)
     zero3_save_16bit_model: bool | None = only(None, "get_state_dict gives the master weights", False)
     transformer_moe_cls_names: str | None = only(None, "which layers are experts is up to the strategy")
@@ -80,12 +80,15 @@ class DeepSpeedPlugin(Translation):
     msamp_opt_level: str | None = only(None, "there is no MS-AMP precision")
 
     def settings(self) -> dict[str, Any]:
-        """`{"strategies": {"zero2": {}}, ...}`; stage 0 is `ddp`, and stage 2 is the default."""
+        """`{"strategies": {"zero2": {}}, ...}`; stage 0 is `ddp`, and stage 2 is the default.
+
+        Offloading takes parameters, gradients and optimizer state to the host's memory, whichever of them is named.
+        """
         own, file = super().settings(), read_deepspeed(self.hf_ds_config)
-        if self.zero_stage is not None or "strategies" not in file:
-            own["strategies"] = zero_strategy(
-                2 if self.zero_stage is None else self.zero_stage, "DeepSpeedPlugin.zero_stage"
-            )
+        options = {"offload": "cpu"} if "cpu" in (self.offload_optimizer_device, self.offload_param_device) else {}
+        if self.zero_stage is not None or options or "strategies" not in file:
+            stage = 2 if self.zero_stage is None else self.zero_stage
+            own["strategies"] = zero_strategy(stage, "DeepSpeedPlugin.zero_stage", options)
         for key in own.keys() & file.keys():
             if own[key] != file[key]:
                 raise ConfigError(
@@ -104,7 +107,7 @@ class FullyShardedDataParallelPlugin(Translation):
     backward_prefetch: Any = only(None, "the strategy decides when to fetch parameters")
     mixed_precision_policy: Any = only(None, "say mixed_precision instead")
     auto_wrap_policy: Any = only(None, "the strategy decides what is gathered together")
-    cpu_offload: Any = only(False, _NO_OFFLOAD, None)
+    cpu_offload: Any = None
     ignored_modules: Any = only(None, "all of a prepared model is sharded")
     state_dict_type: Any = only(None, "get_state_dict gives whole tensors, and save_state decides for itself")
     state_dict_config: Any = only(None, "get_state_dict gives whole tensors, and save_state decides for itself")
@@ -114,7 +117,7 @@ class FullyShardedDataParallelPlugin(Translation):
     param_init_fn: Any = only(None, "models are built whole, then prepared")
     sync_module_states: bool | None = only(None, "weights are always broadcast from process 0", True)
     forward_prefetch: bool | None = only(None, "the strategy decides when to fetch parameters", False)
-    activation_checkpointing: bool | None = only(None, "use torch.utils.checkpoint in the model", False)
+    activation_checkpointing: bool | None = None
     cpu_ram_efficient_loading: bool | None = only(None, "models are built whole, then prepared", False)
     transformer_cls_names_to_wrap: Any = only(None, "the strategy decides what is gathered together")
     min_num_params: int | None = only(None, "the strategy decides what is gathered together")
@@ -139,8 +142,11 @@ class FullyShardedDataParallelPlugin(Translation):
                 f"FullyShardedDataParallelPlugin.sharding_strategy: {asked!r} cannot be honoured; "
                 "FULL_SHARD, SHARD_GRAD_OP and NO_SHARD can"
             )
+        options = {"offload": "cpu"} if getattr(self.cpu_offload, "offload_params", self.cpu_offload) else {}
+        if self.activation_checkpointing:
+            options["activation_checkpointing"] = "full"
         where = "FullyShardedDataParallelPlugin.sharding_strategy"
-        return super().settings() | {"strategies": zero_strategy(names[name], where)}
+        return super().settings() | {"strategies": zero_strategy(names[name], where, options)}
 
 
 @dataclass

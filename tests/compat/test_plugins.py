@@ -39,7 +39,24 @@ from accel.compat.translation import Translation, combine
             {"strategies": {"zero3": {}}, "gradient_accumulation_steps": 4},
         ),
         (DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 1}}), {"strategies": {"zero1": {}}}),
+        (DeepSpeedPlugin(zero_stage=3, offload_param_device="cpu"), {"strategies": {"zero3": {"offload": "cpu"}}}),
+        (
+            DeepSpeedPlugin(
+                hf_ds_config={
+                    "zero_optimization": {
+                        "stage": 2,
+                        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+                        "offload_param": {"device": "none"},
+                    }
+                }
+            ),
+            {"strategies": {"zero2": {"offload": "cpu", "pin_memory": False}}},
+        ),
         (FullyShardedDataParallelPlugin(), {"strategies": {"zero3": {}}}),
+        (
+            FullyShardedDataParallelPlugin(cpu_offload=True, activation_checkpointing=True),
+            {"strategies": {"zero3": {"offload": "cpu", "activation_checkpointing": "full"}}},
+        ),
         (FullyShardedDataParallelPlugin(sharding_strategy="SHARD_GRAD_OP"), {"strategies": {"zero2": {}}}),
         (FullyShardedDataParallelPlugin(reshard_after_forward=False), {"strategies": {"zero2": {}}}),
         (FullyShardedDataParallelPlugin(sharding_strategy="NO_SHARD"), {"strategies": {"ddp": {}}}),
@@ -68,13 +85,13 @@ def test_settings(given: Translation, settings: dict[str, Any]) -> None:
     [
         (DeepSpeedPlugin(zero_stage=4), "DeepSpeedPlugin.zero_stage: must be 0, 1, 2 or 3, got 4"),
         (DeepSpeedPlugin(gradient_clipping=1.0), "DeepSpeedPlugin.gradient_clipping: 1.0 cannot.*clip_grad_norm_"),
-        (DeepSpeedPlugin(offload_optimizer_device="cpu"), "DeepSpeedPlugin.offload_optimizer_device: 'cpu' cannot"),
+        (DeepSpeedPlugin(offload_optimizer_device="nvme"), "DeepSpeedPlugin.offload_optimizer_device: 'nvme' cannot"),
         (
             DeepSpeedPlugin(zero_stage=2, hf_ds_config={"zero_optimization": {"stage": 3}}),
             "strategies is {'zero2': {}} by argument and {'zero3': {}} by hf_ds_config",
         ),
         (FullyShardedDataParallelPlugin(sharding_strategy="HYBRID_SHARD"), "sharding_strategy: 'HYBRID_SHARD' cannot"),
-        (FullyShardedDataParallelPlugin(cpu_offload=True), "FullyShardedDataParallelPlugin.cpu_offload: True cannot"),
+        (FullyShardedDataParallelPlugin(min_num_params=9), "FullyShardedDataParallelPlugin.min_num_params: 9 cannot"),
         (GradientAccumulationPlugin(sync_with_dataloader=False), "sync_with_dataloader: False cannot be honoured"),
         (ProjectConfiguration(project_dir="a", logging_dir="b"), "ProjectConfiguration.logging_dir: 'b' cannot differ"),
         (ProjectConfiguration(total_limit=3), "ProjectConfiguration.total_limit: 3 cannot"),
@@ -156,9 +173,25 @@ def test_foreign_objects_are_refused(value: Any) -> None:
         translate(Config(), {}, {"deepspeed_plugin": value})
 
 
-def test_a_strategy_that_is_not_installed_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"strategies: no strategy named 'zero3' is installed; there are: .*ddp"):
-        accel.Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_plugins_become_can_run(stage: int) -> None:
+    """The names and options that another library's objects become are those of installed plugins."""
+    handlers = [
+        GradScalerKwargs(4.0, 3.0, 0.25, 5),
+        DistributedDataParallelKwargs(0, True, 5, True, False, True, False),
+    ]
+    plugin = DeepSpeedPlugin(zero_stage=stage, offload_param_device="cpu" if stage else "none")
+    accelerator = accel.Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers, mixed_precision="fp16", cpu=True)
+    (strategy,) = accelerator.config.strategies
+    assert strategy.name == (f"zero{stage}" if stage else "ddp")
+    assert accelerator.precision.options.growth_factor == 3.0
+    sharded = FullyShardedDataParallelPlugin(activation_checkpointing=True, cpu_offload=True)
+    assert accel.Accelerator(fsdp_plugin=sharded).config.strategies[0].name == "zero3"
+
+
+def test_options_that_the_strategy_lacks_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"strategies\.ddp\.offload: no such setting"):
+        accel.Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=0, offload_param_device="cpu"))
 
 
 def test_importing_names_costs_no_torch() -> None:
