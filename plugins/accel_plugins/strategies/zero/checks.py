@@ -60,7 +60,9 @@ def _parameter_faults(model: nn.Module, strategy: Zero) -> Iterator[str]:
             return
         if id(parameter) in strategy.originals:
             yield f"parameter {name!r} belongs to another prepared model too; make one model of the two and prepare that"
-        if isinstance(parameter, DTensor) and strategy.axis in (parameter.device_mesh.mesh_dim_names or (strategy.axis,)):
+        if isinstance(parameter, DTensor) and strategy.axis in (
+            parameter.device_mesh.mesh_dim_names or (strategy.axis,)
+        ):
             yield f"parameter {name!r} is already divided over {parameter.device_mesh}; leave that to prepare()"
         if parameter.dim() == 0:
             yield f"parameter {name!r} is a scalar, which cannot be divided; give it the shape (1,)"

@@ -84,7 +84,10 @@ class ShardedModel:
     def _improve_blocks(self, blocks: list[nn.Module]) -> None:
         """Recompute and compile block by block: what is gathered as one is what computes as one."""
         options = self.options
-        for wanted, setting in ((options.activation_checkpointing != "none", "activation_checkpointing"), (options.compile, "compile")):
+        for wanted, setting in (
+            (options.activation_checkpointing != "none", "activation_checkpointing"),
+            (options.compile, "compile"),
+        ):
             if wanted and not blocks:
                 raise PrepareError(
                     f"strategies.{self.strategy.name}.{setting}: found no repeated blocks in this "
@@ -113,7 +116,9 @@ class ShardedModel:
             fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
         for module in self.model.modules():
-            if isinstance(module, FSDPModule) and (own := reduce_scatter_for(self.strategy.mesh.group, self.strategy.device)):
+            if isinstance(module, FSDPModule) and (
+                own := reduce_scatter_for(self.strategy.mesh.group, self.strategy.device)
+            ):
                 module.set_custom_reduce_scatter(own)
         for parameter in before.values():
             if not isinstance(parameter, DTensor):

@@ -82,7 +82,9 @@ class Zero(Strategy):
         if size % options.replicas:
             raise ConfigError(f"replicas: {options.replicas} does not divide {size} processes")
         if 1 < options.replicas == size:
-            raise ConfigError(f"replicas: {options.replicas} of {size} processes leave nothing to divide; `ddp` replicates")
+            raise ConfigError(
+                f"replicas: {options.replicas} of {size} processes leave nothing to divide; `ddp` replicates"
+            )
         if options.pin_memory and options.offload == "none":
             raise ConfigError("pin_memory: is for offloaded memory; set offload: cpu")
 
