@@ -121,6 +121,7 @@ class Training(Process):
                 "torch.no_grad(), from detached tensors, or from frozen parameters only"
             )
         if self._must_watch:
+            self._require_prepared()
             self._settle_models("backward")
         if self.precision.scales_loss and any(part.unscaled for part in self._optimizers):
             raise PrepareError(
@@ -180,6 +181,20 @@ class Training(Process):
         if self._window.inside:
             return weight / self._window.planned
         return weight / max((part.planned for part in self._optimizers), default=1)
+
+    def _require_prepared(self) -> None:
+        """Raise PrepareError if nobody would exchange these gradients, or undo what is done to the loss."""
+        if not self._models:
+            raise PrepareError(
+                "backward: no model was prepared, so no gradients would be exchanged; call prepare(model)"
+            )
+        if self._optimizers or (self._window.length == 1 and not self.precision.scales_loss):
+            return
+        raise PrepareError(
+            f"backward: no optimizer was prepared, but gradient_accumulation_steps: {self._window.length} and "
+            f"mixed_precision: {self.config.mixed_precision.name} change when and how it must step; "
+            "call prepare(optimizer)"
+        )
 
     def _closes(self) -> bool:
         """Whether the window ends with this micro-batch."""
