@@ -23,6 +23,7 @@ from .runtime import collectives, state
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
+from .runtime.metrics import gather_for_metrics
 from .runtime.model import whole_state_dict
 from .runtime.scheduler import prepare_scheduler
 from .runtime.training import Training
@@ -124,17 +125,8 @@ class Accelerator(Training):
         [b, ...] on each process -> [samples in the global batch, ...] on all, in the order of the data. What is
         not tensors, or with `use_gather_object`, is a list of one item per sample and comes back as one list.
         """
-        group = self.data_group()
-        counts = self._active[-1].counts if self._active else None
-        if use_gather_object or not collectives.is_tensors(input_data):
-            parts = collectives.gather_object(input_data, group)
-            if all(isinstance(part, list) for part in parts):
-                limits = counts or [len(part) for part in parts]
-                return [item for part, limit in zip(parts, limits, strict=True) for item in part[:limit]]
-            return parts
-        if counts is None:
-            return collectives.gather(input_data, group)
-        return collectives.gather_counted(input_data, counts, group)
+        loader = self._active[-1] if self._active else None
+        return gather_for_metrics(input_data, loader, self.data_group(), use_gather_object)
 
     def unwrap_model(self, model: nn.Module, *ignored: Any, **options: Any) -> nn.Module:
         """The user's own model. `prepare` works in place, so this is the model itself."""

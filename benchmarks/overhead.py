@@ -96,7 +96,9 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def rounds(contenders: dict[str, tuple[Step, Loop]], count: int, batches: int) -> Iterator[dict[str, tuple[float, float]]]:
+def rounds(
+    contenders: dict[str, tuple[Step, Loop]], count: int, batches: int
+) -> Iterator[dict[str, tuple[float, float]]]:
     """Microseconds per step of each contender, without and with its loader, round by round."""
     x = torch.randn(1, 4)
     for _ in range(count):

@@ -5,6 +5,7 @@ accel launch --num_processes 2 examples/language_model.py --layers 6 --width 256
 """
 
 import argparse
+import math
 import sysconfig
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def parse_arguments():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--context", type=int, default=64, help="bytes that the model sees")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=16, help="windows in a step, over all processes")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--megabytes", type=float, default=4, help="how much source to read")
@@ -116,8 +117,8 @@ def main():
     model = GPT(args.layers, args.heads, args.width, args.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = max(args.steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=args.steps + 1, pct_start=warmup / (args.steps + 1), cycle_momentum=False
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
     )
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data.text):,} bytes of Python")

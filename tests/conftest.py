@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from multiprocessing.resource_tracker import _resource_tracker  # lives as long as the process that first spawned
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,17 @@ import pytest
 from accel.testing import shared_processes
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 4.0
+"""Seconds that a test's threads and processes get to end by themselves."""
+
+LASTING = {"tqdm_monitor"}
+"""Threads that a library keeps, once started, for as long as the process lives."""
+
 CACHES = {".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
 """What tools, not tests, write into the working folder."""
+
+UNWATCHED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+"""Variables that pytest sets, and torch when the first optimizer of a process imports its compiler."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,7 +50,7 @@ def guard() -> Iterator[None]:
     """Fail a test that leaves environment variables, threads, processes, process groups or files behind."""
     environment, folder, traces = _environment(), os.getcwd(), _traces()
     yield
-    found = {kind: now - traces[kind] for kind, now in _traces().items()}
+    found = _left(traces)
     found["environment variables"] = {name for name, _ in environment.items() ^ _environment().items()}
     found["working folder"] = {os.getcwd()} - {folder}
     _clean_up(environment, folder)
@@ -47,15 +59,26 @@ def guard() -> Iterator[None]:
         pytest.fail(f"the test left behind {left}", pytrace=False)
 
 
+def _left(traces: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What exists now and did not before. What is on its way out, such as a loader's workers, gets time to end."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        left = {kind: now - traces[kind] for kind, now in _traces().items()}
+        if not (left["threads"] or left["processes"]) or time.monotonic() > deadline:
+            return left
+        gc.collect()
+        time.sleep(0.02)
+
+
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if name not in UNWATCHED}
 
 
 def _traces() -> dict[str, set[str]]:
     """What exists now, by kind, of things that a test could leave behind."""
     return {
-        "threads": {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()},
-        "processes": _children() - {str(shared_processes().pid)},
+        "threads": {f"{t.name} ({t.ident})" for t in threading.enumerate() if t.name not in LASTING},
+        "processes": _children() - {str(shared_processes().pid), str(_resource_tracker._pid)},
         "process groups": {"torch.distributed"} if _connected() else set(),
         "files": set(os.listdir(ROOT)) - CACHES,
     }

@@ -348,6 +348,21 @@ def test_each_sample_is_counted_once(kind, samples, batch):
     assert run(2, metrics, samples, batch, kind) == [[str(i) for i in range(samples)]] * 2
 
 
+def batches_of_the_dataset():
+    accelerator = Accelerator()
+    dataset = [torch.arange(3 * i, 3 * i + 3) for i in range(3)]
+    loader = accelerator.prepare(DataLoader(dataset, batch_size=None))
+    tensors, objects = [], []
+    for x in loader:
+        tensors += accelerator.gather_for_metrics(x).tolist()
+        objects += accelerator.gather_for_metrics([str(v) for v in x.tolist()])
+    return tensors, objects
+
+
+def test_batches_that_the_dataset_makes_count_whole():
+    assert run(2, batches_of_the_dataset) == [(list(range(9)), [str(i) for i in range(9)])] * 2
+
+
 # -- processes ------------------------------------------------------------------------------------------------------
 
 

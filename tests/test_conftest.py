@@ -24,10 +24,10 @@ def test_changed_variable():
     os.environ["ACCEL_LOSES"] = "changed"
 
 def test_thread():
-    threading.Thread(target=time.sleep, args=(5,), name="leaked", daemon=True).start()
+    threading.Thread(target=time.sleep, args=(30,), name="leaked", daemon=True).start()
 
 def test_process():
-    test_process.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"])
+    test_process.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
 
 def test_folder(tmp_path):
     os.chdir(tmp_path)

@@ -56,5 +56,5 @@ def test_alone_and_with_extra(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("level", ["loud", [1]])
 def test_levels_that_are_none(level: object) -> None:
-    with pytest.raises(ConfigError, match="log_level: .* is no level; there are: .*DEBUG"):
+    with pytest.raises(ConfigError, match=r"log_level: .* is no level; there are: .*DEBUG"):
         get_logger("accel.test.none", log_level=level)  # type: ignore[arg-type]

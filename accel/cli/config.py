@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..config import default_path, describe, one_line, read_file, render, resolve
 from ..config.settings import Config
@@ -19,29 +21,25 @@ HELP = "Write, change, show and check the settings of a run. Without a subcomman
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--config_file`, before or after the subcommand, and the subcommands."""
-    parser.add_argument(
-        "--config_file", type=Path, metavar="PATH", help="the file (default: the one `accel launch` uses)"
-    )
+    shared = argparse.ArgumentParser(add_help=False)
+    for one, default in ((parser, None), (shared, argparse.SUPPRESS)):
+        one.add_argument("--config_file", type=Path, metavar="PATH", default=default, help="not your default file")
+        one.add_argument("--config-file", dest="config_file", type=Path, default=default, help=argparse.SUPPRESS)
     parser.set_defaults(action=_wizard)
-    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    shared.add_argument("--config_file", type=Path, metavar="PATH", help="the file to use")
-    commands = parser.add_subparsers(title="subcommands", metavar="")
+    commands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND")
 
-    default = commands.add_parser("default", parents=[shared], help="write what suits this machine, without asking")
+    def add(action: Callable[[argparse.Namespace], int], help: str, *parents: argparse.ArgumentParser) -> Any:
+        command = commands.add_parser(action.__name__[1:], help=help, description=help, parents=parents)
+        command.set_defaults(action=action)
+        return command
+
+    default = add(_default, "Write what suits this machine, without asking.", shared)
     default.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    default.set_defaults(action=_default)
-    commands.add_parser("show", parents=[shared], help="print each setting and where it comes from").set_defaults(
-        action=_show
-    )
-    change = commands.add_parser("set", parents=[shared], help="change settings in the file: num_processes=2")
+    add(_show, "Print each setting and where it comes from.", shared)
+    change = add(_set, "Change settings in the file, if the result can run.", shared)
     change.add_argument("changes", nargs="+", metavar="KEY=VALUE", help="as in strategies.ddp.bucket_size=50")
-    change.set_defaults(action=_set)
-    check = commands.add_parser("validate", help="say what is wrong with a file")
-    check.add_argument("file", type=Path, metavar="FILE")
-    check.set_defaults(action=_validate)
-    commands.add_parser("schema", help="print the JSON Schema of config files, for editors").set_defaults(
-        action=_schema
-    )
+    add(_validate, "Say everything that is wrong with a file.").add_argument("file", type=Path, metavar="FILE")
+    add(_schema, "Print the JSON Schema of config files, for editors.")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -20,12 +20,12 @@ MAIN = ("num_processes", "mixed_precision", "strategies", "gradient_accumulation
 
 def plain_default(declared: Setting) -> Any:
     """The default of a setting of Config as plain YAML."""
-    return compact(Config().values()[declared.name])
+    return shorten(declared, Config().values()[declared.name])
 
 
-def compact(value: Any) -> Any:
-    """The short form of a list of plugins: a single one stands alone."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def shorten(declared: Setting, value: Any) -> Any:
+    """The short form of a list of plugins: a single one stands alone. Other values are as they are."""
+    return value[0] if declared.plugin and isinstance(value, list) and len(value) == 1 else value
 
 
 def current_choices(declared: Setting, values: Mapping[str, Any]) -> list[Choice]:
@@ -43,7 +43,8 @@ def assign(values: dict[str, Any], key: str, text: str) -> None:
     if declared is None:
         Config.parse({name: text})  # raises, naming the nearest setting
     elif not below:
-        values[name] = load_value(declared, text, key)
+        parsed = Config.parse({name: load_value(declared, text, key)})
+        values[name] = shorten(declared, parsed.values()[name])  # not as it was typed: `no` would come out as false
     elif declared.plugin is None or len(below) != 2:
         example = f"{name}.NAME.OPTION" if declared.plugin else name
         raise ConfigError(f"{key}: no such setting; `{example}=VALUE` would be one")
@@ -62,14 +63,14 @@ def _with_option(declared: Setting, values: Mapping[str, Any], plugin: str, opti
     if not isinstance(declared.default, tuple):
         return new.dump()
     kept = [new if choice is old else choice for choice in chosen]
-    return compact([choice.dump() for choice in (kept if old in chosen else [*chosen, new])])
+    return shorten(declared, [choice.dump() for choice in (kept if old in chosen else [*chosen, new])])
 
 
 def complete(values: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """What to write: the main settings, those that the file already had, and those that are not the default."""
     written = {name: plain_default(SETTINGS[name]) for name in MAIN} | dict(values)
     return {
-        name: compact(value) if name in SETTINGS and SETTINGS[name].plugin else value
+        name: shorten(SETTINGS[name], value) if name in SETTINGS else value
         for name, value in written.items()
         if name in MAIN or name in before or name not in SETTINGS or value != plain_default(SETTINGS[name])
     }

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .table import columns
 HELP = "Print versions, hardware, settings and variables as a block to paste into a bug report."
 PACKAGES = ("accel-torch", "torch", "numpy", "pyyaml", "questionary", "safetensors", "tqdm")
 
-Rows = list[tuple[str, ...]]
+Rows = Sequence[tuple[str, ...]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def _devices(hardware: Hardware) -> Rows:
 def _settings(file: Path | None) -> list[Rows]:
     """The path of the config file with what is wrong, then every setting with its origin."""
     path = file or default_path()
-    where: Rows = [("config file", f"{path}{'' if path.exists() else ' (not there)'}")]
+    where = [("config file", f"{path}{'' if path.exists() else ' (not there)'}")]
     try:
         resolved = resolve(file)
     except ConfigError as error:

@@ -62,7 +62,7 @@ class Detection:
     """A running child process that looks at the hardware. Leaving the `with` block ends it."""
 
     def __enter__(self) -> Detection:
-        command = [sys.executable, "-m", __name__]
+        command = [sys.executable, "-P", "-m", __name__]  # -P: a folder here called torch is not torch
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
         return self

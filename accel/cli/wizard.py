@@ -6,7 +6,7 @@ plugin's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,20 @@ from ..config import Choice, Setting, default_path, describe, one_line, parse_se
 from ..errors import AccelError, ConfigError
 from ..interfaces.strategy import MESH_ORDER, Axis
 from . import questions
-from .editing import SETTINGS, compact, complete, current_choices, plain_default, problems, write
+from .editing import SETTINGS, complete, current_choices, plain_default, problems, shorten, write
 from .hardware import Detection, Hardware
 
-APPLIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
-    "machine_rank": lambda values: values["num_machines"] > 1,
-    "main_process_ip": lambda values: values["num_machines"] > 1,
-    "main_process_port": lambda values: values["num_machines"] > 1,
-    "strategies": lambda values: values["num_processes"] > 1,
-    "even_batches": lambda values: values["num_processes"] > 1,
-    "split_batches": lambda values: values["num_processes"] > 1,
-    "dispatch_batches": lambda values: values["num_processes"] > 1,
+NEEDS_SEVERAL = {
+    "machine_rank": "num_machines",
+    "main_process_ip": "num_machines",
+    "main_process_port": "num_machines",
+    "strategies": "num_processes",
+    "even_batches": "num_processes",
+    "split_batches": "num_processes",
+    "dispatch_batches": "num_processes",
+    "timeout": "num_processes",
 }
-"""When a setting means anything; the others always do."""
+"""Settings that mean something only if another one is more than 1."""
 
 
 def run_wizard(path: Path) -> int:
@@ -47,7 +48,7 @@ class Wizard:
     """The answers so far, as plain values by setting; they begin as what the file holds."""
 
     def __init__(self, before: Mapping[str, Any], detection: Detection) -> None:
-        self.values, self._detection = dict(before), detection
+        self.values, self._detection = _usable(before), detection
         self.asked: set[str] = set()
 
     def ask_all(self) -> dict[str, Any]:
@@ -69,12 +70,9 @@ class Wizard:
         self.asked.add(name)
         if not self.applies(name):
             return
-        if name in self.values:
-            default = self._valid_default(declared)
-        elif default is None:
-            default = plain_default(declared)
         if not declared.plugin:
-            self.values[name] = questions.ask(declared, default, name)
+            current = self.current(name) if default is None or name in self.values else default
+            self.values[name] = questions.ask(declared, current, name)
         elif name == "strategies":
             self._ask_strategies(declared)
         elif isinstance(declared.default, tuple):
@@ -82,22 +80,13 @@ class Wizard:
         else:
             self._ask_plugin(declared, notes or {})
 
+    def current(self, name: str) -> Any:
+        """The plain value of a setting, given the answers so far."""
+        return self.values.get(name, plain_default(SETTINGS[name]))
+
     def applies(self, name: str) -> bool:
         """Whether the setting means anything, given the answers so far."""
-        current = {n: self._valid_default(SETTINGS[n]) for n in ("num_machines", "num_processes")}
-        return name not in APPLIES or APPLIES[name](current)
-
-    def _valid_default(self, declared: Setting) -> Any:
-        """What the answers so far say, or accel's default where that is missing or makes no sense."""
-        if declared.name in self.values:
-            try:
-                parse_setting(declared, self.values[declared.name], declared.name)
-            except ConfigError as error:
-                questions.say(f"  {error}; asking anew", "warning")
-                del self.values[declared.name]
-            else:
-                return self.values[declared.name]
-        return plain_default(declared)
+        return name not in NEEDS_SEVERAL or self.current(NEEDS_SEVERAL[name]) > 1
 
     def _hardware(self) -> Hardware:
         with questions.waiting("looking at the hardware …"):
@@ -110,17 +99,15 @@ class Wizard:
         """Only where there is a choice."""
         available = sum(found.count > 0 for found in hardware.devices.values())
         self.asked.add("device")
-        if available == 1 and "device" not in self.values:
-            return
-        self._ask_plugin(
-            SETTINGS["device"], {n: "not on this machine" for n, f in hardware.devices.items() if not f.count}
-        )
+        absent = {name: "not on this machine" for name, found in hardware.devices.items() if not found.count}
+        if available != 1 or "device" in self.values:
+            self._ask_plugin(SETTINGS["device"], absent)
 
     def _processes(self, hardware: Hardware) -> int:
+        """One for each device of all machines, taking the others to be like this one."""
         chosen = current_choices(SETTINGS["device"], self.values)
-        return hardware.processes(chosen[0].name if chosen else None) * int(
-            self._valid_default(SETTINGS["num_machines"])
-        )
+        here = hardware.processes(chosen[0].name if chosen else None)
+        return here * int(self.current("num_machines"))
 
     def _ask_plugin(self, declared: Setting, notes: Mapping[str, str]) -> None:
         """One plugin of a kind, then its options."""
@@ -143,37 +130,36 @@ class Wizard:
         self.values[declared.name] = [self._with_options(declared, name, chosen).dump() for name in marked]
 
     def _ask_strategies(self, declared: Setting) -> None:
-        """One for each axis of the mesh on which a strategy is installed: data first, it is the one that most need."""
-        chosen = current_choices(declared, self.values)
-        choices = []
-        for axis, names in _strategies_by_axis(self._valid_default(SETTINGS["num_processes"])).items():
-            optional = axis is not Axis.DATA
-            current = next((choice.name for choice in chosen if choice.name in names), "none" if optional else None)
-            asked = f"{declared.name} ({axis} axis)" if optional else declared.name
-            name = questions.choose(asked, declared.meaning, {**({"none": ""} if optional else {}), **names}, current)
-            if name != "none":
-                choices.append(self._with_options(declared, name, chosen))
-        self.values[declared.name] = compact([choice.dump() for choice in choices])
+        """One for each axis of the mesh on which a strategy is installed."""
+        chosen, choices = current_choices(declared, self.values), []
+        axes = _strategies_by_axis(self.current("num_processes"))
+        for axis, names in axes.items():
+            offered = {**names, "none": ""} if len(axes) > 1 else names
+            default = next((choice.name for choice in chosen if choice.name in names), "none")
+            asked = f"{declared.name} ({axis} axis)" if len(axes) > 1 else declared.name
+            name = questions.choose(asked, declared.meaning, offered, default)
+            if name != "none":  # of several axes, all but the data axis need a size
+                choices.append(self._with_options(declared, name, chosen, ask=axis is not Axis.DATA))
+        self.values[declared.name] = shorten(declared, [choice.dump() for choice in choices])
 
-    def _with_options(self, declared: Setting, name: str, chosen: list[Choice]) -> Choice:
-        """A plugin with the options that it had, changed if the user wants to."""
-        old = next((dict(choice.options) for choice in chosen if choice.name == name), {})
+    def _with_options(self, declared: Setting, name: str, chosen: list[Choice], ask: bool = False) -> Choice:
+        """A plugin with the options that it had, changed if the user wants to, or has to."""
+        given = next((dict(choice.options) for choice in chosen if choice.name == name), {})
         options = describe(registry.load(str(declared.plugin), name, declared.name).Options)
-        missing = any(option.required and option.name not in old for option in options)
-        current = ", ".join(f"{o.name}: {one_line(old.get(o.name, _plain(o)))}" for o in options if not o.required)
-        if options and (missing or questions.confirm(f"Change options of {name}?", False, current)):
+        current = {option.name: given.get(option.name, _plain(option)) for option in options}
+        ask = ask or any(option.required and option.name not in given for option in options)
+        shown = ", ".join(f"{option}: {one_line(value)}" for option, value in current.items())
+        if options and (ask or questions.confirm(f"Change options of {name}?", False, shown)):
             for option in options:
-                value = questions.ask(
-                    option, old.get(option.name, _plain(option)), f"{declared.name}.{name}.{option.name}"
-                )
-                if option.name in old or value != _plain(option):
-                    old[option.name] = value
-        return Choice(name=name, options=old)
+                value = questions.ask(option, current[option.name], f"{declared.name}.{name}.{option.name}")
+                if option.name in given or value != _plain(option):
+                    given[option.name] = value
+        return Choice(name=name, options=given)
 
     def _ask_others(self) -> None:
         """The settings that most runs leave alone, if the user wants to see them."""
         others = {
-            name: f"{one_line(self.values.get(name, plain_default(declared)))}  {declared.meaning}"
+            name: f"{one_line(self.current(name))}  {declared.meaning}"
             for name, declared in SETTINGS.items()
             if name not in self.asked and self.applies(name)
         }
@@ -182,11 +168,23 @@ class Wizard:
                 self.ask(name)
 
 
+def _usable(before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file holds, less what cannot be; what is no setting at all is kept, for the user to judge."""
+    values = dict(before)
+    for name, declared in SETTINGS.items():
+        try:
+            parse_setting(declared, values.get(name, plain_default(declared)), name)
+        except ConfigError as error:
+            questions.say(f"  {error}; left out", "warning")
+            del values[name]
+    return values
+
+
 def _greet(path: Path, exists: bool) -> None:
     questions.say()
     questions.say("accel config", "question")
     questions.say(f"  {'Changes' if exists else 'Writes'} {path}.", "dim")
-    questions.say("  Enter takes what is offered, arrow keys choose or count, Ctrl-C leaves without writing.\n", "dim")
+    questions.say("  Enter takes what is offered, arrow keys choose or count, Ctrl-C stops.\n", "dim")
 
 
 def _review(path: Path, before: Mapping[str, Any], after: dict[str, Any]) -> int:

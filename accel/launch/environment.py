@@ -31,14 +31,23 @@ def changes(plan: Plan) -> dict[str, str]:
     return {name: value for name, value in defaults.items() if name not in os.environ} | asked
 
 
+def local_size(config: Config) -> int:
+    """Workers on each machine."""
+    return config.num_processes // config.num_machines
+
+
+def rank(config: Config, local_rank: int) -> int:
+    """The rank of one of this machine's workers among all."""
+    return config.machine_rank * local_size(config) + local_rank
+
+
 def for_worker(config: Config, local_rank: int, port: int) -> dict[str, str]:
     """What tells one worker who it is and where the processes meet: torch's own variables."""
-    processes = config.num_processes // config.num_machines
     return {
-        "RANK": str(config.machine_rank * processes + local_rank),
+        "RANK": str(rank(config, local_rank)),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(config.num_processes),
-        "LOCAL_WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(local_size(config)),
         "MASTER_ADDR": config.main_process_ip,
         "MASTER_PORT": str(port),
     }

@@ -7,8 +7,11 @@ tells torch's `env://` that the store is there, so that rank 0 too is only a cli
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -30,10 +33,10 @@ class Rendezvous:
         self._socket = _listen(config) if config.machine_rank == 0 else None
         self.port: int = self._socket.getsockname()[1] if self._socket else check_port(config)
 
-    @property
-    def asked(self) -> bool:
-        """Whether a worker is waiting for a store that does not serve yet."""
-        return self._socket is not None and bool(select.select([self._socket], [], [], 0)[0])
+    def serve_if_asked(self) -> None:
+        """Serve if a worker is waiting for a store that does not serve yet."""
+        if self._socket and select.select([self._socket], [], [], 0)[0]:
+            self.serve()
 
     def serve(self) -> None:
         """Let the store serve, on threads of its own: not before the workers are forked. Imports torch."""
@@ -51,6 +54,20 @@ class Rendezvous:
             master_listen_fd=self._socket.detach(),
         )
         self._socket = None
+
+    def part(self, config: Config, timeout: float, interrupted: Callable[[], bool]) -> None:
+        """Let machine 0 wait for the others, since their workers need its store until they have ended."""
+        from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] # public, but not marked so
+
+        if self._store is None:
+            with contextlib.suppress(DistError):  # machine 0 may have waited for too long and gone
+                host, patience = config.main_process_ip, timedelta(seconds=timeout)
+                TCPStore(host, self.port, is_master=False, timeout=patience).add("accel/parted", 1)
+            return
+        deadline = time.monotonic() + timeout
+        while self._store.add("accel/parted", 0) < config.num_machines - 1 and time.monotonic() < deadline:
+            if interrupted():
+                return
 
     def leave(self) -> None:
         """Close what a forked worker inherits of this."""
@@ -79,30 +96,48 @@ def join(config: Config, rank: int, timeout: float) -> None:
 
     Raises LaunchError if they do not come in time, or were started with other numbers of machines or processes.
     """
-    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] # public, but not marked so
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, but not marked so
 
-    place = f"{config.main_process_ip}:{config.main_process_port}"
-    local, patience = config.num_processes // config.num_machines, timedelta(seconds=timeout)
-    try:
-        store = TCPStore(config.main_process_ip, check_port(config), is_master=False, timeout=patience)
-    except DistError:
-        raise LaunchError(
-            f"main_process_ip: nothing answers at {place} after {timeout:g} s; is `accel launch` running on machine 0?"
-        ) from None
+    deadline = time.monotonic() + timeout
+    _knock(config, deadline, timeout)
+    store = TCPStore(config.main_process_ip, check_port(config), is_master=False, timeout=timedelta(seconds=timeout))
     mine = f"{config.num_processes} processes on {config.num_machines} machines"
     theirs = store.compare_set("accel/world", "", mine).decode()
     if theirs != mine:
         raise LaunchError(f"num_machines: this machine was started for {mine}, another one for {theirs}")
     if store.add(f"accel/rank/{rank}", 1) > 1:
         raise LaunchError(f"machine_rank: more than one machine was started as {config.machine_rank}")
-    try:
-        store.wait([f"accel/rank/{r}" for r in range(config.num_processes)], patience)
-    except DistError:
-        missing = {r // local for r in range(config.num_processes) if not store.check([f"accel/rank/{r}"])}
-        raise LaunchError(
-            f"num_machines: after {timeout:g} s, of {config.num_machines} machines these have not come to {place}: "
-            f"{', '.join(map(str, sorted(missing)))}; run `accel launch --machine_rank N` on each"
-        ) from None
+    while missing := [r for r in range(config.num_processes) if not store.check([f"accel/rank/{r}"])]:
+        if time.monotonic() > deadline:
+            local = config.num_processes // config.num_machines
+            raise LaunchError(
+                f"num_machines: after {timeout:g} s, of {config.num_machines} machines these have not come to "
+                f"{_place(config)}: {', '.join(sorted({str(r // local) for r in missing}))}; "
+                "run `accel launch --machine_rank N` on each"
+            )
+        time.sleep(0.1)
+
+
+def _knock(config: Config, deadline: float, timeout: float) -> None:
+    """Wait until machine 0 listens; torch's own client would print a page for each try."""
+    while True:
+        try:
+            return socket.create_connection((config.main_process_ip, check_port(config)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"main_process_ip: nothing answers at {_place(config)} after {timeout:g} s "
+                    f"({_reason(error)}); is `accel launch` running on machine 0?"
+                ) from None
+            time.sleep(0.2)
+
+
+def _reason(error: OSError) -> str:
+    return str(error.strerror or error).partition(" (")[0]  # python adds the address, which our messages name
+
+
+def _place(config: Config) -> str:
+    return f"{config.main_process_ip}:{config.main_process_port}"
 
 
 def _listen(config: Config) -> socket.socket:
@@ -114,4 +149,4 @@ def _listen(config: Config) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=socket.SOMAXCONN)
     except OSError as error:
         setting = "main_process_port" if port else "main_process_ip"
-        raise ConfigError(f"{setting}: cannot listen at {config.main_process_ip}:{port}: {error.strerror}") from None
+        raise ConfigError(f"{setting}: cannot listen at {config.main_process_ip}:{port}: {_reason(error)}") from None

@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from types import FrameType
 
 ENDING = (Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP)
 """Signals that ask a run to end."""
@@ -55,14 +56,14 @@ def next_event(seconds: float) -> Event | None:
     return Event(Signals(signal.sigwait({waiting.pop()})), from_terminal=False) if waiting else None
 
 
-def release(interrupt: signal.Handlers | None = None) -> None:
+def release(interrupt: Callable[[int, FrameType | None], object] | int = signal.default_int_handler) -> None:
     """Undo what a process inherits from one that holds signals.
 
     Ctrl-C then does what `interrupt` says, by default what it does in any python: raise KeyboardInterrupt. A
     signal that the run was told to ignore (`nohup`, a background job of a script) stays ignored.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt or signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, signal.SIGCHLD})
 
 

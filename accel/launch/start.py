@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+from signal import Signals
 
 from ..plan import Plan
 from . import environment, signals
-from .agent import Job, python
+from .job import Job, python
 
 
 def run(job: Job, plan: Plan) -> int:
@@ -21,6 +21,6 @@ def run(job: Job, plan: Plan) -> int:
             event = signals.next_event(1.0)
             if event and event.signal in signals.ENDING and not event.from_terminal:
                 agent.send_signal(event.signal)
-    if status == -signal.SIGKILL:
-        print("accel: the agent, which runs the workers, was killed by SIGKILL", file=sys.stderr)
+    if status < 0 and -status not in signals.ENDING:
+        print(f"accel: the agent, which runs the workers, was killed by {Signals(-status).name}", file=sys.stderr)
     return status if status >= 0 else 128 - status

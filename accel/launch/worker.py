@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import importlib.util
 import io
 import os
@@ -38,6 +39,7 @@ _RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 def run(command: Command, config: Config, rank: int, report: int, agent: int, timeout: float) -> NoReturn:
     """Be the worker of this rank, child of the process `agent`: run the command, leave a failure in `report`, end."""
     signals.die_with_parent(agent)
+    faulthandler.enable(report, all_threads=False)  # a crash leaves the lines of python that led to it
     _adapt()
     status = 0
     try:

@@ -156,6 +156,11 @@ class PreparedLoader(DataLoader[Any]):
         return self._position.share.counts if self._position.share else ()
 
     @property
+    def whole_batches(self) -> bool:
+        """Whether `counts` are of whole batches, which the dataset makes (`batch_size=None`), not of samples."""
+        return self._cut.single
+
+    @property
     def weight(self) -> float:
         """What this process's mean loss of the current batch must be multiplied by, so that all samples count alike."""
         return weight(self.counts, self._index) if self._position.share else 1.0

@@ -251,9 +251,7 @@ class Training(Process):
             for model in self._models:
                 strategy.after_step(model.model)
         if self.precision.scales_loss:
-            self.precision.update(
-                [o for o in self._optimizers if not (o.spent or o.unscaled) and o.has_gradients()]
-            )
+            self.precision.update([o for o in self._optimizers if not (o.spent or o.unscaled) and o.has_gradients()])
 
     def _verify(self, part: OptimizerPart) -> None:
         """Raise PrepareError if the optimizer steps parameters that nobody exchanges or converts."""
@@ -263,8 +261,9 @@ class Training(Process):
         owned = set[int]().union(*(model.owned for model in self._models))
         if stray := [parameter for parameter in part.parameters() if id(parameter) not in owned]:
             raise PrepareError(
-                f"optimizer.step(): {len(stray)} of {count} parameters of this {type(part.optimizer).__name__} (the "
-                f"first of shape {tuple(stray[0].shape)}) belong to no prepared model; pass their model to prepare() too"
+                f"optimizer.step(): {len(stray)} of {count} parameters of this {type(part.optimizer).__name__} "
+                f"(the first of shape {tuple(stray[0].shape)}) belong to no prepared model; pass their model to "
+                "prepare() too"
             )
         self._verified[id(part)] = count
 

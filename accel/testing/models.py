@@ -48,13 +48,12 @@ class TiedLM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.mix = nn.Linear(WIDTH, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embedding(tokens).cumsum(1)  # each position sees those before it
-        out: Tensor = self.head(self.norm(hidden + torch.tanh(self.mix(hidden))))
+        hidden = self.embedding(tokens).cumsum(1) / LENGTH  # each position sees those before it
+        out: Tensor = self.head(hidden + torch.tanh(self.mix(hidden)))
         return out
 
 

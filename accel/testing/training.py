@@ -5,6 +5,7 @@ The plain loop is the reference for parity: it uses nothing of accel, and the wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -111,7 +112,9 @@ def prepare(run: Run) -> tuple[Accelerator, nn.Module, Optimizer, Any]:
     """An `Accelerator` and the run's prepared model, optimizer and loader; all ranks."""
     size = World.from_environment().size
     config = Config(num_processes=size, gradient_accumulation_steps=run.accumulation)
-    accelerator = Accelerator(config, **run.settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is emulated on this")  # slow, which tiny models do not mind
+        accelerator = Accelerator(config, **run.settings)
     task = TASKS[run.task]
     model = task.model()
     loader = DataLoader(task.data(run.length), run.batch // accelerator.mesh.axis(Axis.DATA).size)

@@ -94,6 +94,8 @@ def test_set_changes_what_is_named_and_nothing_else(saved: Any) -> None:
     assert saved()["strategies"] == {"ddp": {"bucket_size": 50, "static_graph": True}}
     assert saved()["project_dir"] == "2024"
     assert saved()["device"] == "cpu"
+    assert main(["config", "set", "mixed_precision=no", "trackers={jsonl: {}}", "device=null"]) == 0
+    assert [saved()[name] for name in ("mixed_precision", "trackers", "device")] == ["fp32", "jsonl", None]
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_value_that_makes_no_sense_is_asked_anew(config_path: Path, without_to
     config_path.parent.mkdir(parents=True)
     config_path.write_text("num_processes: four\nmixed_precision: 7\n")
     session = Session()
-    session.child.expect_exact("num_processes: expected int, got 'four'; asking anew")
+    session.child.expect_exact("num_processes: expected int, got 'four'; left out")
     for question in (MACHINES, PROCESSES, PRECISION, ACCUMULATION, OTHERS, REVIEW):
         session.answer(question)
     assert session.finish() == 0
@@ -284,6 +284,25 @@ def test_a_third_party_plugin_is_asked_about_like_any_other(
     assert session.finish() == 0
     options = {"topology": "tree", "rounds": 3, "secret": True, "room": "2024"}
     assert _read(config_path)["strategies"] == {"gossip": options}
+
+
+def test_strategies_of_two_axes_are_asked_for_in_turn(
+    child_site: PackageSite, config_path: Path, without_torch: None
+) -> None:
+    source = "from accel.interfaces import Axis, Strategy\nclass Plugin(Strategy):\n    '''Cuts layers.'''\n"
+    child_site.install("cut-strategy", "strategy", "cut", f"{source}    axis = Axis.TENSOR\n")
+    session = Session()
+    session.answer(MACHINES)
+    session.answer(PROCESSES, "4" + ENTER)
+    session.answer(PRECISION)
+    session.answer("strategies (data axis)")
+    session.answer("Change options of ddp?")
+    session.answer("strategies (tensor axis)", DOWN + ENTER)
+    session.answer("Processes along this axis", "2" + ENTER)
+    for question in (ACCUMULATION, OTHERS, REVIEW):
+        session.answer(question)
+    assert session.finish() == 0
+    assert _read(config_path)["strategies"] == ["ddp", {"cut": {"size": 2}}]
 
 
 def test_a_broken_plugin_does_not_stop_the_wizard(

@@ -19,7 +19,10 @@ from accel.testing import run
         ({"mixed_precision": "bf16"}, {"mixed_precision": "bf16"}),
         ({"mixed_precision": "no"}, {"mixed_precision": "fp32"}),
         ({"mixed_precision": None, "dispatch_batches": None}, {}),
-        ({"gradient_accumulation_steps": 3, "split_batches": True}, {"gradient_accumulation_steps": 3, "split_batches": True}),
+        (
+            {"gradient_accumulation_steps": 3, "split_batches": True},
+            {"gradient_accumulation_steps": 3, "split_batches": True},
+        ),
         ({"log_with": "jsonl", "project_dir": Path("runs")}, {"trackers": ["jsonl"], "project_dir": "runs"}),
         ({"log_with": ["jsonl"]}, {"trackers": ["jsonl"]}),
         ({"log_with": "all"}, {"trackers": ["jsonl"]}),

@@ -34,18 +34,21 @@ class Launch:
         path.write_text(HEADER + textwrap.dedent(source))
         return path
 
-    def start(self, *arguments: str | Path, env: dict[str, str] | None = None) -> Running:
+    def start(
+        self, *arguments: str | Path, env: dict[str, str] | None = None, stdin: Path = Path(os.devnull)
+    ) -> Running:
         """Start the command and return at once."""
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "accel.cli", "launch", *map(str, arguments)],
-            cwd=self.folder,
-            env={**os.environ, "XDG_CONFIG_HOME": str(self.folder), "MARKS": str(self.folder), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=_hear_ctrl_c,
-        )
+        with stdin.open() as file:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "accel.cli", "launch", *map(str, arguments)],
+                cwd=self.folder,
+                env={**os.environ, "XDG_CONFIG_HOME": str(self.folder), "MARKS": str(self.folder), **(env or {})},
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=_hear_ctrl_c,
+            )
         self.started.append(process)
         return process
 

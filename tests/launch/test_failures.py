@@ -11,7 +11,10 @@ from accel.launch.failures import Failure, culprit, report
 
 from .conftest import QUICK, Launch, running
 
-WAIT = "mark('up'); [time.sleep(0.02) for _ in iter(lambda: len([f for f in os.listdir() if f[:3] == 'up.']) < {}, False)]\n"
+WAIT = """
+mark('up')
+while len([name for name in os.listdir() if name.startswith('up.')]) < {}: time.sleep(0.02)
+"""
 
 
 def fail(launch: Launch, source: str, processes: int = 3, flags: tuple[str, ...] = QUICK) -> tuple[int, str]:
@@ -38,7 +41,7 @@ def test_exception_is_shown_once(launch: Launch) -> None:
         ("sys.exit(3)", 3, "accel: rank 1 of 3 exited with code 3\n"),
         ("sys.exit('as text')", 1, "accel: rank 1 of 3 failed:\nas text\n"),
         ("os._exit(7)", 7, "accel: rank 1 of 3 exited with code 7\n"),
-        ("os.kill(os.getpid(), 11)", 139, "accel: rank 1 of 3 was killed by SIGSEGV\n"),
+        ("os.kill(os.getpid(), 10)", 138, "accel: rank 1 of 3 was killed by SIGUSR1\n"),
         (
             "os.kill(os.getpid(), 9)",
             137,
@@ -64,6 +67,13 @@ def test_children_of_workers_are_ended(launch: Launch) -> None:
     assert code == 1 and launch.run(*QUICK, script).returncode == 137
     [pid] = [int(path.read_text()) for path in launch.folder.glob("child.*")]
     assert running([pid]) == []
+
+
+def test_crash_shows_the_lines_that_led_to_it(launch: Launch) -> None:
+    code, shown = fail(launch, "import ctypes; ctypes.string_at(0)")
+    first, *others = shown.splitlines()
+    assert (code, first) == (139, "accel: rank 1 of 3 was killed by SIGSEGV:")
+    assert others[0] == "Fatal Python error: Segmentation fault" and str(launch.folder / "script.py") in others[-1]
 
 
 def test_peers_that_lost_another_are_only_counted(launch: Launch) -> None:
@@ -134,7 +144,8 @@ def test_culprit_is_the_first_that_did_not_just_lose_a_peer() -> None:
     cause, later = Failure(1, -signal.SIGKILL, 2.0), Failure(2, 1, 3.0, "ValueError: x")
     assert culprit([later, lost, cause]) == cause
     assert culprit([lost]) == lost
-    assert report([lost, cause, later], 4).endswith("memory runs out); 2 more failed after it")
+    assert report([lost, cause, later], 4, [3]).endswith("memory runs out); 2 more failed after it\n")
+    assert "; before that, rank 0, 2 had ended without an error:\nRuntimeError" in report([lost], 4, [0, 2])
 
 
 def test_report_of_an_unfinished_failure_is_none(tmp_path: os.PathLike[str]) -> None:
@@ -143,8 +154,6 @@ def test_report_of_an_unfinished_failure_is_none(tmp_path: os.PathLike[str]) -> 
         assert Failure.read(file) is None
         os.write(file, b'{"rank": 0, ')
         assert Failure.read(file) is None
-        os.ftruncate(file, 0)
-        os.lseek(file, 0, os.SEEK_SET)
         failure = Failure(3, 1, 5.0, "text\n")
         failure.write(file)
         assert Failure.read(file) == failure

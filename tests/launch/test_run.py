@@ -71,6 +71,21 @@ def test_workers_get_the_whole_config(launch: Launch) -> None:
     assert result.stdout == "Choice(name='bf16', options={}) 7\n"
 
 
+def test_a_config_that_accelerate_wrote(launch: Launch) -> None:
+    file = launch.folder / "default_config.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: bf16\n"
+        "num_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    script = launch.script("""
+        from accel import Config
+        c = Config.current()
+        print(rank, c.num_processes, c.device.name, c.mixed_precision.name)
+    """)
+    result = launch.run("--config_file", file, *QUICK[1:], script)
+    assert sorted(result.stdout.splitlines()) == ["0 2 cpu bf16", "1 2 cpu bf16"], result.stderr
+
+
 def test_script_finds_what_python_gives_it(launch: Launch) -> None:
     launch.script("", "work/helper.py").write_text("value = 42\n")
     script = """
@@ -148,6 +163,13 @@ def test_data_loaders_start_workers_of_their_own(launch: Launch) -> None:
     batches = "[[0, 1, 4, 9], [16, 25, 36, 49]]"
     assert (result.returncode, result.stderr) == (0, "")
     assert Counter(result.stdout.splitlines()) == {f"fork {batches}": 2, f"spawn {batches}": 2}
+
+
+def test_input_is_the_first_workers(launch: Launch) -> None:
+    script = launch.script("print(rank, sys.stdin.read())")
+    (launch.folder / "typed").write_text("hello")
+    run = launch.start(*QUICK, "--num_processes", "2", script, stdin=launch.folder / "typed")
+    assert sorted(run.communicate(timeout=30)[0].splitlines()) == ["0 hello", "1 "]
 
 
 def test_two_runs_at_once(launch: Launch) -> None:

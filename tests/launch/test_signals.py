@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_killed_agent_leaves_nobody(launch: Launch) -> None:
     assert (run.returncode, out) == (137, "")
     assert error == "accel: the agent, which runs the workers, was killed by SIGKILL\n"
     wait_until(lambda: not running(others), 10)
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.3, 0.6])
+def test_ctrl_c_while_the_agent_warms_up(launch: Launch, delay: float) -> None:
+    run = launch.start("--cpu", "--num_processes", "2", launch.script(SLEEP))
+    wait_until(lambda: bool(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()))
+    agent = agent_of(run)
+    time.sleep(delay)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30) == ("", "")
+    assert (run.returncode, running([agent])) == (130, [])
 
 
 def test_killed_worker_ends_the_others(launch: Launch) -> None:

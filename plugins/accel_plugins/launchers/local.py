@@ -11,7 +11,7 @@ from accel.config import Config, setting
 from accel.interfaces import Launcher
 from accel.interfaces.launcher import Command
 from accel.launch import environment, rendezvous, start
-from accel.launch.agent import Job
+from accel.launch.job import Job
 from accel.plan import Plan
 
 
@@ -27,6 +27,9 @@ class Local(Launcher):
 
         start: Literal["auto", "fork", "exec"] = "auto"
         """How workers are made: forked where that is safe, or each started as a new process."""
+
+        prefix: bool = False
+        """Write the rank in front of each line that a process prints; progress bars then see no terminal."""
 
         grace: float = setting(0.75, minimum=0)
         """Seconds that workers have to end by themselves, after Ctrl-C or another's failure, before they are killed."""
@@ -44,6 +47,7 @@ class Local(Launcher):
             command=command,
             preload=options.preload,
             start=options.start,
+            prefix=options.prefix,
             grace=options.grace,
             timeout=options.timeout,
         )

@@ -112,7 +112,10 @@ class _Replica:
         for hook in getattr(self, "_hooks", ()):
             hook.remove()
         notice = self._trained if self.options.find_unused_parameters and not self.options.static_graph else ()
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived.append) for p in notice]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._arrived.append)  # type: ignore[no-untyped-call]
+            for p in notice
+        ]
         self._rest()
 
     def _wrap(self) -> DistributedDataParallel:
