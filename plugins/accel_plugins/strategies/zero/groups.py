@@ -43,6 +43,12 @@ class Groups:
         for group in self.all:
             group._to_sharded()
 
+    def gather(self) -> None:
+        """Gather all parameters, in order; all ranks."""
+        for group in self.all:
+            group.unshard()
+            group.wait_for_unshard()
+
     def hide(self) -> None:
         """Let the model show its divided parameters, though gathered ones stay for the forward or backward to come.
 
@@ -97,6 +103,13 @@ class Groups:
         self.root._comm_ctx.all_gather_state = None
         self.root._comm_ctx.post_forward_order.clear()
         self.reshard()
+
+
+def whole_gradient(parameter: Any) -> Any:
+    """The gradient that this process has accumulated and not yet exchanged; None if there is none."""
+    if parameter.unsharded_accumulated_grad is not None:
+        return parameter.unsharded_accumulated_grad
+    return parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None
 
 
 def _groups_of(state: Any) -> list[Any]:

@@ -32,7 +32,7 @@ class Zero(Strategy):
         """Hybrid sharding: the model is divided among size / replicas processes, and each part held by `replicas`."""
 
         blocks: tuple[str, ...] = ()
-        """Modules to gather and free as one, by name pattern (`encoder.layer.*`); by default repeated modules are found."""
+        """Modules to gather and free as one, by name (`encoder.layer.*`); by default repeated modules are found."""
 
         minimum_size: int = setting(100_000, minimum=0)
         """Found blocks with fewer parameters than this are handled together with the rest of the model."""
@@ -53,10 +53,10 @@ class Zero(Strategy):
         """Where parts of parameters, gradients and optimizer state live: on the device, or in the host's memory."""
 
         pin_memory: bool | None = None
-        """Lock offloaded memory in place, so that copies overlap with work; by default where there is an accelerator."""
+        """Lock offloaded memory in place, so that copies overlap with work; by default if there is an accelerator."""
 
         activation_checkpointing: Literal["none", "full", "selective"] = "none"
-        """Compute each block's activations again in backward; selective keeps what matrix products and attention gave."""
+        """Compute each block's activations again in backward; selective keeps those of matrix products and attention."""
 
         compile: bool = False
         """Compile each block by torch.compile."""
@@ -82,7 +82,9 @@ class Zero(Strategy):
         if size % options.replicas:
             raise ConfigError(f"replicas: {options.replicas} does not divide {size} processes")
         if 1 < options.replicas == size:
-            raise ConfigError(f"replicas: {options.replicas} of {size} processes leave nothing to divide; `ddp` replicates")
+            raise ConfigError(
+                f"replicas: {options.replicas} of {size} processes leave nothing to divide; `ddp` replicates"
+            )
         if options.pin_memory and options.offload == "none":
             raise ConfigError("pin_memory: is for offloaded memory; set offload: cpu")
 
@@ -94,7 +96,7 @@ class Zero(Strategy):
         self.models[model] = ShardedModel(model, self)
 
     def before_backward(self, model: nn.Module, loss: Tensor, exchange: bool) -> Tensor:
-        self.models[model].before_backward(exchange)
+        self.models[model].before_backward(loss, exchange)
         return loss
 
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
