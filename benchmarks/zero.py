@@ -90,7 +90,7 @@ def measure(row: tuple[str, str], processes: int, shape: Shape, steps: int, netw
         if out.exists():
             results: Results = json.loads(out.read_text())
             return results
-        errors = [line for line in said.splitlines() if "Error" in line]
+        errors = [line for line in said.splitlines() if "Error: " in line]
         return (errors or ["no result"])[0].strip()[-100:]
 
 
@@ -99,7 +99,8 @@ def run(command: list[str], seconds: float = 600) -> str:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment(), start_new_session=True, **pipes) as process:
         try:
-            return process.communicate(timeout=seconds)[0]
+            said: str = process.communicate(timeout=seconds)[0]
+            return said
         except subprocess.TimeoutExpired:
             return f"TimeoutError: nothing after {seconds:g} s"
         finally:
@@ -108,7 +109,7 @@ def run(command: list[str], seconds: float = 600) -> str:
 
 
 def mean(results: Results, name: str) -> float:
-    return statistics.mean(result[name] for result in results)
+    return float(statistics.mean(result[name] for result in results))
 
 
 def losses(results: Results) -> list[float]:
@@ -150,7 +151,20 @@ def columns(rounds: Rounds, row: tuple[str, str], processes: int, parameters: in
     ]
 
 
-TITLES = ["contender", "CPU", "/ DDP", "/ FSDP2", "sent", "/ DDP", "stored", "formula", "ratio", "peak", "with making", "loss"]
+TITLES = [
+    "contender",
+    "CPU",
+    "/ DDP",
+    "/ FSDP2",
+    "sent",
+    "/ DDP",
+    "stored",
+    "formula",
+    "ratio",
+    "peak",
+    "with making",
+    "loss",
+]
 
 
 def show(rows: list[list[str]]) -> None:
@@ -190,7 +204,10 @@ def compare(rows: list[tuple[str, str]], processes: int, shape: Shape, options: 
         failed |= {row: result for row, result in found.items() if isinstance(result, str)}
         rounds.append({row: result for row, result in found.items() if not isinstance(result, str)})
     parameters = count(shape)
-    print(f"\n{parameters / 1e6:.1f} M parameters, {processes} processes, {options.rounds} round(s) of {options.steps} steps")
+    print(
+        f"\n{parameters / 1e6:.1f} M parameters, {processes} processes, "
+        f"{options.rounds} round(s) of {options.steps} steps"
+    )
     for row, reason in failed.items():
         print(f"{' '.join(row)} failed: {reason}")
     if BASE not in failed and SHARDED not in failed:

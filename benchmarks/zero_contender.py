@@ -1,4 +1,4 @@
-"""One process of one contender of `benchmarks/zero.py`, which starts it: trains, and rank 0 writes what was measured."""
+"""One process of one contender of `benchmarks/zero.py`, which starts it: trains, and rank 0 writes the results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Training:
     step: Callable[[], Any]
 
 
-def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any] = Tensor.backward) -> Training:
+def by_hand(
+    model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any] = Tensor.backward
+) -> Training:
     """A training that steps as torch does."""
 
     def step() -> None:
