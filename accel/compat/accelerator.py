@@ -11,9 +11,9 @@ import torch
 from .. import accelerator as core
 from .. import registry
 from ..config import Config
+from ..config.translation import PluginOptions, Translation, add_options, combine
 from ..errors import ConfigError
 from .state import DistributedType
-from .translation import PluginOptions, Translation, add_options, combine
 
 
 class Accelerator(core.Accelerator):

@@ -450,3 +450,40 @@ def late_optimizer(stage):
 @stages
 def test_an_optimizer_with_state_prepared_apart_and_given_a_group_later(stage):
     run(2, late_optimizer, stage)
+
+
+class Views(nn.Module):
+    """Blocks, and a model, whose outputs are views; each is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            residual = x
+            x = block(x)
+            x += residual
+        return self.head(x)
+
+
+def changed_in_place(stage):
+    accelerator = accelerator_for(stage)
+    rank = accelerator.process_index
+    model, reference = accelerator.prepare(make(model=Views)), make(model=Views)
+    x = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss(m, part):
+        output = m(part)
+        output *= 2.0
+        return output.square().mean()
+
+    accelerator.backward(loss(model, x[rank]))
+    (sum(loss(reference, part) for part in x) / 2).backward()
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_outputs_may_be_changed_in_place(stage):
+    run(2, changed_in_place, stage)

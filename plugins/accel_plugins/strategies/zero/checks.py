@@ -64,8 +64,9 @@ def _parameter_faults(model: nn.Module, strategy: Zero) -> Iterator[str]:
         if is_lazy(parameter):
             yield f"parameter {name!r} has no shape yet; run one batch through the model before prepare()"
             return
-        if id(parameter) in strategy.originals:
+        if id(parameter) in strategy.known:
             yield f"parameter {name!r} belongs to another prepared model too; prepare one model that holds both"
+            return
         if isinstance(parameter, DTensor) and strategy.axis in (
             parameter.device_mesh.mesh_dim_names or (strategy.axis,)
         ):

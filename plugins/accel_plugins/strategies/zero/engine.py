@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
+from accel.runtime.nested import map_tensors
 
 from .blocks import find_blocks
 from .comm import reduce_scatter_for
@@ -41,7 +43,7 @@ class ShardedModel:
         if next(model.parameters(), None) is None:
             return
         self._shard(blocks)
-        self.groups = Groups(model)
+        self.groups = Groups(model, self._gather_dtype)
         self.exchange = Exchange(self.groups, strategy.mesh.group, strategy.options.find_unused_parameters)
         entries = Entries(model, blocks, self.groups)
         entries.wrap_methods(self.options.methods)
@@ -78,6 +80,11 @@ class ShardedModel:
     def _divides(self) -> bool:
         return self.strategy.mesh.size > 1 or self.options.offload != "none"
 
+    @property
+    def _gather_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype = getattr(torch, self.strategy.precision.dtype)
+        return dtype if self.options.gather_dtype == "compute" and dtype is not torch.float32 else None
+
     def _find_blocks(self) -> list[nn.Module]:
         setting = f"strategies.{self.strategy.name}.blocks"
         return find_blocks(self.model, self.options.blocks, self.options.minimum_size, setting)
@@ -113,7 +120,9 @@ class ShardedModel:
             ),
             "offload_policy": self._offload_policy(),
         }
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # see `_own_outputs`
         for block in blocks:
+            block.register_forward_hook(_own_outputs, prepend=True)
             fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
         for module in self.model.modules():
@@ -126,7 +135,7 @@ class ShardedModel:
         for parameter in before.values():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
-        self.strategy.originals |= before
+        self.strategy.known |= before | {id(parameter): parameter for parameter in self.model.parameters()}
 
     def _mesh(self) -> DeviceMesh:
         """The data axis; with replicas, as a grid of replicas and shards."""
@@ -169,6 +178,15 @@ class ShardedModel:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.__dict__["__deepcopy__"] = refuse
+
+
+def _own_outputs(block: nn.Module, args: Any, output: Any) -> Any:
+    """Give a block's output that is a view memory of its own.
+
+    Where a loop changes a view in place, torch drops the hook that gathers the block for backward. What no block
+    holds stays gathered until backward, so that there a view does no harm.
+    """
+    return map_tensors(lambda t: t.clone() if t.requires_grad and t._base is not None else t, output)
 
 
 def _keep_name(divided: type[Any]) -> None:

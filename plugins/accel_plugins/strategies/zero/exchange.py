@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .groups import Groups, whole_gradient
+from .groups import Groups, make_gradients_alike, whole_gradient
 from .reach import Reach, agree_on_used, reach_of
 
 
@@ -132,8 +132,10 @@ class Exchange:
         if turn.done:
             return
         turn.done = True
+        _drop_empty(turn.group)
         if self.find_unused:
             turn.filled = [(p, p.sharded_param.grad is not None) for p in turn.group.fsdp_params if _fill(p)]
+        make_gradients_alike(turn.group)
         turn.reduce()
 
     def _drop_unused(self) -> None:
@@ -152,11 +154,18 @@ class Exchange:
         return any(whole_gradient(parameter) is not None for parameter in self.groups.parameters())
 
 
+def _drop_empty(group: Any) -> None:
+    """Forget gradients of size 0, which torch cannot reduce and nobody needs."""
+    for parameter in group.fsdp_params:
+        if not parameter.sharded_param.numel() and hasattr(parameter, "_unsharded_param"):
+            parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
+
+
 def _fill(parameter: Any) -> bool:
     """Give zeros to a parameter that trains and has no gradient on this process; returns whether it did."""
     if not parameter.sharded_param.requires_grad or whole_gradient(parameter) is not None:
         return False
-    if not hasattr(parameter, "_unsharded_param"):
+    if not hasattr(parameter, "_unsharded_param") or not parameter.sharded_param.numel():
         return False
     parameter._unsharded_param.grad = torch.zeros_like(parameter._unsharded_param)
     return True

@@ -40,6 +40,11 @@ class Zero(Strategy):
         reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         """The type in which gradients are averaged over the processes."""
 
+        gather_dtype: Literal["float32", "compute"] = "float32"
+        """Gather weights of linear and convolution layers as they are, or already in the type of mixed_precision.
+
+        `compute` halves the bytes and frees autocast's copies; no layer may then leave autocast for float32."""
+
         find_unused_parameters: bool = True
         """Let steps, and processes within a step, leave out parameters; off saves one small exchange a step."""
 
@@ -56,7 +61,7 @@ class Zero(Strategy):
         """Lock offloaded memory in place, so that copies overlap with work; by default if there is an accelerator."""
 
         activation_checkpointing: Literal["none", "full", "selective"] = "none"
-        """Compute each block's activations again in backward; selective keeps those of matrix products and attention."""
+        """Compute each block's activations again in backward; selective keeps those of matrix products, attention."""
 
         compile: bool = False
         """Compile each block by torch.compile."""
@@ -70,7 +75,7 @@ class Zero(Strategy):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.models: dict[nn.Module, ShardedModel] = {}
-        self.originals: dict[int, nn.Parameter] = {}
+        self.known: dict[int, nn.Parameter] = {}
 
     @property
     def name(self) -> str:
@@ -116,7 +121,7 @@ class Zero(Strategy):
 
     def release(self) -> None:
         self.models.clear()
-        self.originals.clear()
+        self.known.clear()
 
     @property
     def exchanges_every_micro_batch(self) -> bool:
