@@ -19,7 +19,8 @@ from .config import Config
 from .errors import ConfigError, LaunchError, PrepareError
 from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
 from .plan import Plan
-from .runtime import collectives, state
+from .runtime import collectives
+from .runtime.checkpoint import Checkpoints, Differences, State
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
@@ -28,6 +29,7 @@ from .runtime.model import whole_state_dict
 from .runtime.scheduler import prepare_scheduler
 from .runtime.training import Training
 from .runtime.world import World, leave
+from .storage import FOLDER, parse_size
 
 
 class Accelerator(Training):
@@ -61,6 +63,7 @@ class Accelerator(Training):
         self._schedulers: list[LRScheduler] = []
         self._registered: list[Any] = []
         self._trigger = False
+        self._checkpoints = self._make_checkpoints()
         super().__init__()
 
     def prepare(self, *objects: Any, device_placement: Any = None) -> Any:
@@ -146,29 +149,66 @@ class Accelerator(Training):
                 )
         self._registered.extend(objects)
 
-    def save_state(self, output_dir: str | os.PathLike[str]) -> str:
+    def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool = True) -> str:
         """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
 
-        The folder appears whole or not at all: it is written aside, flushed, and renamed into place.
+        Without a folder it is `project_dir/checkpoints/checkpoint_<n>`, and those beyond `total_limit` are deleted.
+        Each process writes what it holds. The folder appears whole or not at all: it is written aside, flushed,
+        and renamed into place. With `blocking=False` training goes on as soon as the state has been copied; what
+        goes wrong later is raised by the next call, or when the run ends. Raises CheckpointError on all ranks.
         """
-        folder = Path(output_dir)
-        state.save(folder, self._state(), self._format, self.world, self.wait_for_everyone)
-        return str(folder)
+        folder = None if output_dir is None else Path(output_dir)
+        return str(self._checkpoints.save(folder, self._state(), blocking))
 
-    def load_state(self, input_dir: str | os.PathLike[str]) -> None:
+    def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str:
         """Take over a checkpoint that `save_state` wrote; all ranks, with the same objects prepared.
 
-        Raises CheckpointError if it is missing, damaged, or belongs to other objects.
+        Any strategy and number of processes will do. Without a folder it is the newest complete one under
+        `project_dir/checkpoints`; a warning tells which were passed over and why. Returns the folder. Raises
+        CheckpointError if it is missing, damaged, or belongs to other objects; with `strict=False`, parameters
+        that do not fit are left as they are, and a warning names them.
         """
-        state.load(Path(input_dir), self._state(), self._format, self.world)
-        self.wait_for_everyone()
+        folder, skipped = self._checkpoints.load(None if input_dir is None else Path(input_dir), self._state(), strict)
+        for group, differences in skipped.items():
+            self._warn(f"load_state: left out of {folder}: {group}: {differences.describe()}")
+        return str(folder)
 
-    @property
-    def _format(self) -> Any:
-        return self.plan.checkpoint.plugin(self.plan.checkpoint.options)
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a model's weights as safetensors under the user's own names, as the Hugging Face tools do; all ranks.
 
-    def _state(self) -> state.State:
-        return state.State(
+        `max_shard_size` is in bytes, or with a unit as in "500MB". Each process writes what it holds.
+        """
+        if not safe_serialization:
+            raise ConfigError("save_model: safe_serialization: False would write a pickle; it can only be True")
+        self._checkpoints.save_model(Path(save_directory), model, parse_size(max_shard_size))
+
+    def load_model(self, model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> Differences:
+        """Take over weights from a folder of safetensors, whoever wrote it, into a prepared model; all ranks.
+
+        Each process reads only its parts. Returns what did not fit; raises CheckpointError for it if `strict`.
+        """
+        differences = self._checkpoints.load_model(Path(directory), model, strict)
+        if differences:
+            self._warn(f"load_model: left out of {directory}: {differences.describe()}")
+        return differences
+
+    def _make_checkpoints(self) -> Checkpoints:
+        format = self.plan.checkpoint.plugin(self.plan.checkpoint.options)
+        home = Path(self.config.project_dir, FOLDER)
+        return Checkpoints(format, self.world, home, self.config.total_limit, self.config.timeout)
+
+    def _warn(self, text: str) -> None:
+        if self.is_main_process:
+            warnings.warn(text, stacklevel=3)
+
+    def _state(self) -> State:
+        return State(
             models=[part.model for part in self._models],
             optimizers=[part.optimizer for part in self._optimizers],
             schedulers=self._schedulers,
@@ -176,6 +216,7 @@ class Accelerator(Training):
             registered=self._registered,
             precision=self.precision,
             device=self.device,
+            config=self.config.values(),
         )
 
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
@@ -207,6 +248,7 @@ class Accelerator(Training):
         for tracker in self.trackers.values():
             tracker.finish()
         self.trackers.clear()
+        self._checkpoints.wait()
         self.wait_for_everyone()
         self.free_memory()
         leave()

@@ -67,6 +67,9 @@ class Config:
     checkpoint: Choice = setting(Choice(name="safetensors"), plugin="checkpoint")
     """How `save_state` writes to disk."""
 
+    total_limit: int | None = setting(None, minimum=1)
+    """Checkpoints without a name of yours to keep; older ones are deleted once a new one is complete."""
+
     trackers: tuple[Choice, ...] = setting((), plugin="tracker")
     """Where `Accelerator.log` sends metrics."""
 
