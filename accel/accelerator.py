@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .errors import ConfigError, LaunchError, PrepareError
 from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
+from .interfaces.launcher import PREEMPTED
 from .plan import Plan
-from .runtime import collectives, state
+from .runtime import collectives, folders, state
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
 from .runtime.metrics import gather_for_metrics
 from .runtime.model import whole_state_dict
+from .runtime.preemption import SIGNALS, Preemption
 from .runtime.scheduler import prepare_scheduler
 from .runtime.training import Training
 from .runtime.world import World, leave
@@ -57,10 +61,10 @@ class Accelerator(Training):
             for axis, part in self.plan.strategies.items()
         ]
         self.trackers: dict[str, Tracker] = {}
-        self._loaders: list[PreparedLoader] = []
         self._schedulers: list[LRScheduler] = []
         self._registered: list[Any] = []
         self._trigger = False
+        self._preemption = self._watch_for_preemption()
         super().__init__()
 
     def prepare(self, *objects: Any, device_placement: Any = None) -> Any:
@@ -91,6 +95,7 @@ class Accelerator(Training):
             config=self.config,
             group=lambda: data.group,
             active=self._active,
+            asked=self._boundaries.asked,
         )
         self._loaders.append(prepared)
         return prepared
@@ -146,10 +151,23 @@ class Accelerator(Training):
                 )
         self._registered.extend(objects)
 
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint under `project_dir`, if there is one; all ranks. Returns whether there was.
+
+        Those that preemption saved are there, and those that the script saved as
+        `project_dir/checkpoints/checkpoint_0`, `checkpoint_1`, ... Raises CheckpointError as `load_state` does.
+        """
+        folder = collectives.broadcast_object(folders.newest(self._checkpoints), self.world.group())
+        if folder is not None:
+            self.load_state(folder)
+        return folder is not None
+
     def save_state(self, output_dir: str | os.PathLike[str]) -> str:
         """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
 
-        The folder appears whole or not at all: it is written aside, flushed, and renamed into place.
+        The folder appears whole or not at all: it is written aside, flushed, and renamed into place. In the middle of
+        an accumulation window it is the state at the window's start, since a checkpoint holds no gradients; what was
+        registered is saved as it is.
         """
         folder = Path(output_dir)
         state.save(folder, self._state(), self._format, self.world, self.wait_for_everyone)
@@ -161,7 +179,35 @@ class Accelerator(Training):
         Raises CheckpointError if it is missing, damaged, or belongs to other objects.
         """
         state.load(Path(input_dir), self._state(), self._format, self.world)
+        self._abandon_windows()
         self.wait_for_everyone()
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.project_dir) / "checkpoints"
+
+    def _watch_for_preemption(self) -> Preemption | None:
+        """Hear signals and watch the clock, if the config says so."""
+        if not self.config.save_on_signal and self.config.time_limit is None:
+            return None
+        signals = SIGNALS if self.config.save_on_signal else ()
+        preemption = Preemption(self.world, signals, self.config.time_limit, self.config.timeout)
+        atexit.register(preemption.close)
+        return preemption
+
+    def _reached(self) -> Callable[[], None] | None:
+        return self._stop_if_preempted if self._preemption else None
+
+    def _stop_if_preempted(self) -> None:
+        """Save and exit, if this is the step boundary at which all ranks do."""
+        if self._preemption and self._preemption.due():
+            folder = self.save_state(
+                collectives.broadcast_object(folders.following(self._checkpoints), self.world.group())
+            )
+            self._finish_trackers()
+            if self.is_main_process:
+                print(f"accel: {self._preemption.reason}: saved {folder}, exit code {PREEMPTED}", file=sys.stderr)
+            raise SystemExit(PREEMPTED)
 
     @property
     def _format(self) -> Any:
@@ -176,6 +222,8 @@ class Accelerator(Training):
             registered=self._registered,
             precision=self.precision,
             device=self.device,
+            positions=self._boundaries.positions,
+            generators=self._boundaries.generators,
         )
 
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
@@ -204,17 +252,23 @@ class Accelerator(Training):
 
     def end_training(self) -> None:
         """Finish the trackers and leave the process group; all ranks. Happens by itself when the script ends."""
+        self._finish_trackers()
+        self.wait_for_everyone()
+        self.free_memory()
+        if self._preemption:
+            self._preemption.close()
+        leave()
+
+    def _finish_trackers(self) -> None:
         for tracker in self.trackers.values():
             tracker.finish()
         self.trackers.clear()
-        self.wait_for_everyone()
-        self.free_memory()
-        leave()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared, and give back the device's unused memory; returns a None for each object."""
         for known in (self._models, self._optimizers, self._schedulers, self._loaders, self._active, self._registered):
             known.clear()
+        self._boundaries.forget()
         self._replaced.clear()
         self._verified.clear()
         for strategy in self.strategies:

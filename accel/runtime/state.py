@@ -21,7 +21,7 @@ from . import collectives
 from .loader import PreparedLoader
 from .model import whole_state_dict
 from .pack import pack, unpack
-from .random import generator_states, load_generator_states
+from .random import load_generator_states
 from .shards import divide_like
 from .world import World
 
@@ -37,6 +37,11 @@ class State:
     registered: Sequence[Any]
     precision: Precision
     device: torch.device
+    positions: Callable[[], Sequence[Mapping[str, Any]]]
+    """Where each loader is to go on, which amid an accumulation window is not where it is."""
+
+    generators: Callable[[], Mapping[str, Any]]
+    """The random generators that belong to these positions."""
 
     def others(self) -> dict[str, Sequence[Any]]:
         """What has `state_dict` and `load_state_dict` and needs no further care, by group."""
@@ -82,8 +87,9 @@ def _collect(state: State, world: World) -> tuple[dict[str, dict[str, Tensor]], 
         tensors[f"optimizer_{index}"] = {}
         values["optimizer"].append(pack(optimizer.state_dict(), tensors[f"optimizer_{index}"]))
     for group, objects in state.others().items():
-        values[group] = [pack(v.state_dict(), tensors[group], f"{group}.{i}") for i, v in enumerate(objects)]
-    generators = collectives.gather_object(generator_states(state.device), world.group())
+        states = state.positions() if group == "loader" else [value.state_dict() for value in objects]
+        values[group] = [pack(value, tensors[group], f"{group}.{i}") for i, value in enumerate(states)]
+    generators = collectives.gather_object(state.generators(), world.group())
     values["random"] = [pack(g, tensors["random"], f"rank_{rank}") for rank, g in enumerate(generators)]
     return tensors, values
 
