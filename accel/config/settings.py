@@ -61,6 +61,15 @@ class Config:
     launcher: Choice = setting(Choice(name="local"), plugin="launcher")
     """What starts the worker processes."""
 
+    max_restarts: int = setting(0, minimum=0)
+    """Times that `accel launch` starts the workers again, after one failed or all have saved on a signal."""
+
+    save_on_signal: bool = False
+    """On SIGTERM or SIGUSR1 to any process, all save at the same step and exit with code 75."""
+
+    time_limit: float | None = setting(None, minimum=0)
+    """Seconds after which all processes save at the same step and exit with code 75."""
+
     threads_per_process: int | None = setting(None, minimum=1)
     """CPU threads of each process; by default the machine's cores divided among its processes."""
 
