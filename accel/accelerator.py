@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .config import Config
+from .config import Config, current_config
 from .errors import ConfigError, LaunchError, PrepareError
 from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
 from .plan import Plan
@@ -39,7 +39,7 @@ class Accelerator(Saving):
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         self.world = World.from_environment()
-        self.config = (config or Config.current()).replace(**settings)
+        self.config = (config or current_config()).replace(**settings)
         self._check_world()
         self.plan = Plan.of(self.config)
         device = self.plan.find_device()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +89,6 @@ class Config:
         """Make a config from plain YAML values; raises ConfigError with the path of what is wrong."""
         config: Config = parse_dataclass(cls, values)
         return config
-
-    @classmethod
-    def current(cls) -> Config:
-        """The config of this process: what `accel launch` handed over, else the environment and the defaults."""
-        from .sources import current  # sources layers values into this class, so it stands above
-
-        return current(os.environ)
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some settings changed, given as in YAML."""

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import NoReturn
 
-from ..config import CONFIG_VARIABLE, Config
+from ..config import CONFIG_VARIABLE, Config, current_config
 from ..errors import AccelError
 from ..plan import Plan
 from . import environment, failures, signals
@@ -32,7 +32,7 @@ def main() -> NoReturn:
     launcher, job = int(sys.argv[1]), Job.load(sys.argv[2])
     signals.release(signal.SIG_DFL)
     try:
-        code = run(job, Config.current(), launcher)
+        code = run(job, current_config(), launcher)
     except AccelError as error:
         print(f"accel: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
