@@ -94,6 +94,7 @@ def test_frozen_and_untied_weights(stage):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about its own imports and guards
 @stages
 def test_compiled_blocks_give_one_processs_weights(stage):
     run(2, train, stage, {"compile": True}, timeout=110)

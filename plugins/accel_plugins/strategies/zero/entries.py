@@ -63,8 +63,8 @@ class Entries:
         self._depth += 1
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth == 1 and self._order is not None and not self.groups.interrupted:
-            self._order.end()
+        if self._depth == 1 and self._order is not None:
+            self._order.end(broken_off=self.groups.interrupted)
         self._leave()
 
     def _enter_part(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -105,11 +105,13 @@ class _Order:
             group.unshard = functools.partial(self._unshard, index, group.unshard)
 
     def begin(self) -> None:
+        """A forward of the whole model begins."""
         self._passed = set()
 
-    def end(self) -> None:
-        """Gather what this forward did not need."""
-        self._pass(len(self.groups))
+    def end(self, broken_off: bool) -> None:
+        """Gather what this forward did not need, unless an exception ended it."""
+        if not broken_off:
+            self._pass(len(self.groups))
         self._passed = None
 
     def _unshard(self, index: int, unshard: Any, async_op: bool = False) -> None:
