@@ -4,6 +4,7 @@ from .commit import aside, commit, commit_files, discard, open_aside, remove
 from .disk import CHUNK, Geometry, Range, Reader, Writer, checksum
 from .folders import FOLDER, complete, find, named, newest_first, next_folder, parse_size, rotate
 from .manifest import MANIFEST, Manifest, Problem, read_manifest
+from .merge import merge
 
 __all__ = [
     "CHUNK",
@@ -22,6 +23,7 @@ __all__ = [
     "complete",
     "discard",
     "find",
+    "merge",
     "named",
     "newest_first",
     "next_folder",
