@@ -154,22 +154,25 @@ class Accelerator(Training):
     def resume(self) -> bool:
         """Go on from the newest checkpoint under `project_dir`, if there is one; all ranks. Returns whether there was.
 
-        Those that preemption saved are there, and those that the script saved as
-        `project_dir/checkpoints/checkpoint_0`, `checkpoint_1`, ... Raises CheckpointError as `load_state` does.
+        These are what `save_state` wrote without a name, and what was saved on a signal. Raises CheckpointError as
+        `load_state` does.
         """
         folder = collectives.broadcast_object(folders.newest(self._checkpoints), self.world.group())
         if folder is not None:
             self.load_state(folder)
         return folder is not None
 
-    def save_state(self, output_dir: str | os.PathLike[str]) -> str:
+    def save_state(self, output_dir: str | os.PathLike[str] | None = None) -> str:
         """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
+
+        Without a name it becomes the next of `project_dir/checkpoints/checkpoint_0`, `checkpoint_1`, ...
 
         The folder appears whole or not at all: it is written aside, flushed, and renamed into place. In the middle of
         an accumulation window it is the state at the window's start, since a checkpoint holds no gradients; what was
         registered is saved as it is.
         """
-        folder = Path(output_dir)
+        unnamed = folders.following(self._checkpoints) if output_dir is None else output_dir
+        folder = Path(collectives.broadcast_object(unnamed, self.world.group()))
         state.save(folder, self._state(), self._format, self.world, self.wait_for_everyone)
         return str(folder)
 
@@ -201,9 +204,7 @@ class Accelerator(Training):
     def _stop_if_preempted(self) -> None:
         """Save and exit, if this is the step boundary at which all ranks do."""
         if self._preemption and self._preemption.due():
-            folder = self.save_state(
-                collectives.broadcast_object(folders.following(self._checkpoints), self.world.group())
-            )
+            folder = self.save_state()
             self._finish_trackers()
             if self.is_main_process:
                 print(f"accel: {self._preemption.reason}: saved {folder}, exit code {PREEMPTED}", file=sys.stderr)
