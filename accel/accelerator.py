@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,22 +14,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .config import Config
+from .config import Config, current_config
 from .errors import ConfigError, LaunchError, PrepareError
 from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
 from .plan import Plan
-from .runtime import collectives, state
+from .runtime import collectives
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
 from .runtime.metrics import gather_for_metrics
-from .runtime.model import whole_state_dict
+from .runtime.saving import Saving
 from .runtime.scheduler import prepare_scheduler
-from .runtime.training import Training
 from .runtime.world import World, leave
 
 
-class Accelerator(Training):
+class Accelerator(Saving):
     """Everything a process needs to take its part in a run.
 
     Accelerator()                          # what `accel launch` says, else the defaults
@@ -41,7 +39,7 @@ class Accelerator(Training):
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         self.world = World.from_environment()
-        self.config = (config or Config.current()).replace(**settings)
+        self.config = (config or current_config()).replace(**settings)
         self._check_world()
         self.plan = Plan.of(self.config)
         device = self.plan.find_device()
@@ -57,9 +55,6 @@ class Accelerator(Training):
             for axis, part in self.plan.strategies.items()
         ]
         self.trackers: dict[str, Tracker] = {}
-        self._loaders: list[PreparedLoader] = []
-        self._schedulers: list[LRScheduler] = []
-        self._registered: list[Any] = []
         self._trigger = False
         super().__init__()
 
@@ -91,6 +86,7 @@ class Accelerator(Training):
             config=self.config,
             group=lambda: data.group,
             active=self._active,
+            asked=self._boundaries.asked,
         )
         self._loaders.append(prepared)
         return prepared
@@ -132,52 +128,6 @@ class Accelerator(Training):
         """The user's own model. `prepare` works in place, so this is the model itself."""
         return model
 
-    def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The whole state of a model under the user's own names, as plain CPU tensors; all ranks."""
-        return whole_state_dict(model)
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Let `save_state` and `load_state` keep these objects too; each has `state_dict` and `load_state_dict`."""
-        for value in objects:
-            if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
-                raise PrepareError(
-                    f"register_for_checkpointing: expected an object with state_dict() and load_state_dict(), "
-                    f"got {type(value).__name__}"
-                )
-        self._registered.extend(objects)
-
-    def save_state(self, output_dir: str | os.PathLike[str]) -> str:
-        """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
-
-        The folder appears whole or not at all: it is written aside, flushed, and renamed into place.
-        """
-        folder = Path(output_dir)
-        state.save(folder, self._state(), self._format, self.world, self.wait_for_everyone)
-        return str(folder)
-
-    def load_state(self, input_dir: str | os.PathLike[str]) -> None:
-        """Take over a checkpoint that `save_state` wrote; all ranks, with the same objects prepared.
-
-        Raises CheckpointError if it is missing, damaged, or belongs to other objects.
-        """
-        state.load(Path(input_dir), self._state(), self._format, self.world)
-        self.wait_for_everyone()
-
-    @property
-    def _format(self) -> Any:
-        return self.plan.checkpoint.plugin(self.plan.checkpoint.options)
-
-    def _state(self) -> state.State:
-        return state.State(
-            models=[part.model for part in self._models],
-            optimizers=[part.optimizer for part in self._optimizers],
-            schedulers=self._schedulers,
-            loaders=self._loaders,
-            registered=self._registered,
-            precision=self.precision,
-            device=self.device,
-        )
-
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
         """Start the trackers that the config names; `config` holds the run's hyper-parameters.
 
@@ -204,17 +154,19 @@ class Accelerator(Training):
 
     def end_training(self) -> None:
         """Finish the trackers and leave the process group; all ranks. Happens by itself when the script ends."""
-        for tracker in self.trackers.values():
-            tracker.finish()
-        self.trackers.clear()
+        self._finish_trackers()
+        self._checkpoints.wait()
         self.wait_for_everyone()
         self.free_memory()
+        if self._preemption:
+            self._preemption.close()
         leave()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared, and give back the device's unused memory; returns a None for each object."""
         for known in (self._models, self._optimizers, self._schedulers, self._loaders, self._active, self._registered):
             known.clear()
+        self._boundaries.forget()
         self._replaced.clear()
         self._verified.clear()
         for strategy in self.strategies:

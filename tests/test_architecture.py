@@ -25,20 +25,21 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"accel": ROOT / "accel", "accel_plugins": ROOT / "plugins" / "accel_plugins"}
 
 BASE = {"errors", "config", "registry", "interfaces", "plan"}
-CORE = BASE | {"runtime", "accelerator"}
+CORE = BASE | {"storage", "runtime", "accelerator"}
 FLOORS = {
     "errors": set[str](),
     "config": {"errors"},
     "registry": {"errors", "config"},
     "interfaces": {"errors", "config", "registry"},
     "plan": BASE,
-    "runtime": BASE,
-    "accelerator": BASE | {"runtime"},
+    "storage": BASE,
+    "runtime": BASE | {"storage"},
+    "accelerator": BASE | {"storage", "runtime"},
     "compat": CORE,
     "utils": CORE | {"compat"},
     "logging": CORE | {"compat", "utils"},
     "launch": BASE,
-    "cli": BASE | {"launch"},
+    "cli": BASE | {"launch", "storage"},
     "testing": CORE,
 }
 """What each part of accel may import, besides itself."""
@@ -206,7 +207,7 @@ for name in {modules}:
 def test_import_without_torch() -> None:
     """`import accel`, the command line and what it reads of plugins; in one process, so one name at fault is told."""
     free = {"accel.errors", "accel.config", "accel.registry", "accel.interfaces", "accel.plan", "accel.cli"}
-    free |= {"accel.launch", "accel.testing.processes"}
+    free |= {"accel.launch", "accel.storage", "accel.testing.processes"}
     names = ["accel", *(m for m in modules() if within(m, free) and not m.endswith("__main__"))]
     names += sorted({listing.target.partition(":")[0] for listing in registry.listings()} & modules().keys())
     result = subprocess.run([sys.executable, "-c", NO_TORCH.format(modules=names)], capture_output=True, text=True)

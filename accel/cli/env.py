@@ -18,7 +18,7 @@ from .hardware import Detection, Hardware
 from .table import columns
 
 HELP = "Print versions, hardware, settings and variables as a block to paste into a bug report."
-PACKAGES = ("accel-torch", "torch", "numpy", "pyyaml", "questionary", "safetensors", "tqdm")
+PACKAGES = ("accel-torch", "torch", "numpy", "pyyaml", "questionary", "safetensors", "tqdm", "xxhash")
 
 Rows = Sequence[tuple[str, ...]]
 

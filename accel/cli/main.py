@@ -14,6 +14,8 @@ from ..errors import AccelError, ConfigError, LaunchError
 COMMANDS = {
     "config": "Write, change, show and check the settings of a run.",
     "launch": "Run a training script on every process of the config.",
+    "checkpoints": "List, verify and delete checkpoints.",
+    "merge": "Write the weights of a checkpoint into one safetensors file.",
     "test": "Try on this machine what accel promises, and print what works.",
     "env": "Print what a bug report needs: versions, hardware, settings.",
     "plugins": "List the installed plugins of every kind.",

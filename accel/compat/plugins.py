@@ -42,9 +42,9 @@ class ProjectConfiguration(Translation):
 
     project_dir: str | os.PathLike[str] | None = None
     logging_dir: str | os.PathLike[str] | None = None
-    automatic_checkpoint_naming: bool = only(False, "name the folder in save_state(folder)")
-    total_limit: int | None = only(None, "checkpoints are deleted by nobody but you")
-    iteration: int = only(0, "name the folder in save_state(folder)")
+    automatic_checkpoint_naming: bool = only(False, "save_state() names a folder wherever it is given none", True)
+    total_limit: int | None = becomes("total_limit")
+    iteration: int = only(0, "checkpoints are numbered from the highest that is there")
     save_on_each_node: bool = only(False, "process 0 writes, to a folder that all machines can read")
 
     def settings(self) -> dict[str, Any]:

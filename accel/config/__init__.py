@@ -12,6 +12,7 @@ from .sources import (
     CONFIG_VARIABLE,
     FILE_VARIABLE,
     Resolved,
+    current_config,
     default_path,
     read_file,
     relevant_variables,
@@ -21,6 +22,7 @@ from .sources import (
 from .text import load_value, one_line, render
 
 __all__ = [
+    "current_config",
     "CONFIG_VARIABLE",
     "FILE_VARIABLE",
     "Choice",

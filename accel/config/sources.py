@@ -92,8 +92,8 @@ def resolve(
     return _resolve_layers(layers)
 
 
-def current(environ: Mapping[str, str]) -> Config:
-    """The config of a worker process: a launcher's, else file and environment as far as they are named."""
+def current_config(environ: Mapping[str, str] = os.environ) -> Config:
+    """The config of this process: what a launcher handed over, else file and environment as far as they are named."""
     if text := environ.get(CONFIG_VARIABLE):
         return Config.parse(load(text, f"environment {CONFIG_VARIABLE}"))
     layers: list[tuple[str, Mapping[str, Any]]] = []

@@ -4,7 +4,7 @@ Importing this package, or a plugin's module, imports no torch: the command line
 from them. Plugins import torch inside the methods that run in a worker.
 """
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Entry, File, Place
 from .device import Device, Memory, Support
 from .launcher import Launcher
 from .precision import Precision, Steppable
@@ -18,8 +18,11 @@ __all__ = [
     "AxisMesh",
     "Checkpoint",
     "Device",
+    "Entry",
+    "File",
     "Launcher",
     "Memory",
+    "Place",
     "Precision",
     "Steppable",
     "Strategy",

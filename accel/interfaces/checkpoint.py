@@ -1,19 +1,49 @@
-"""The interface of a checkpoint format: bytes on disk, and nothing about what they mean."""
+"""The interface of a checkpoint format: which files hold which tensors, and where in them the bytes are.
+
+A format moves no bytes. It says where whole tensors lie, and the core lets every process write and read its own
+parts there, in parallel, with checksums, in any layout over any number of processes. Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole tensor: its name, its dtype as torch names it (`float32`), and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a whole tensor lies, in row-major order: `size` bytes of a file from byte `offset`."""
+
+    entry: Entry
+    file: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to be written: its first bytes, and the tensors that fill the rest."""
+
+    name: str
+    head: bytes
+    size: int
+    places: tuple[Place, ...] = ()
 
 
 class Checkpoint(ABC):
-    """Writes and reads named groups of tensors and one mapping of plain values."""
+    """Says how named groups of tensors (`model`, `optimizer`, ...) lie in the files of a folder."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -23,12 +53,16 @@ class Checkpoint(ABC):
         self.options = options
 
     @abstractmethod
-    def save(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
-        """Write into an existing empty folder. Called on the main process only.
+    def layout(self, group: str, entries: Sequence[Entry], max_shard_size: int) -> Sequence[File]:
+        """The files of a group; a function of its arguments alone, since every process computes it.
 
-        `tensors` are whole CPU tensors by group (`model`, `optimizer`, ...) and name; `values` hold what JSON can.
+        No file's tensors exceed `max_shard_size` bytes, unless a single one does. Raises CheckpointError naming
+        an entry that the format cannot hold.
         """
 
     @abstractmethod
-    def load(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Read what `save` wrote. Called by all ranks. Raises CheckpointError if the folder does not hold it."""
+    def places(self, folder: Path, group: str) -> Mapping[str, Place]:
+        """Where the tensors of a group lie in a folder, by name.
+
+        Raises CheckpointError, naming the file, if the group is not there or its files contradict themselves.
+        """

@@ -6,6 +6,7 @@ that are not text. What is neither a tensor nor plain is refused by its path: no
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,8 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
     All ranks call it together, since sharded tensors are gathered. Raises CheckpointError for what has no plain form.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_TAG: "float", "name": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
@@ -57,6 +60,8 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if value["name"] not in tensors:
             raise CheckpointError(f"{value['name']}: the tensor is missing from the checkpoint")
         return tensors[value["name"]]
+    if tag == "float":
+        return float(value["name"])
     if tag == "dtype":
         return getattr(torch, value["name"])
     if tag == "tuple":

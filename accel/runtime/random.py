@@ -20,8 +20,9 @@ def set_seed(seed: int) -> None:
 def generator_states(device: torch.device) -> dict[str, Any]:
     """The state of every generator of this process, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": {"version": version, "internal": torch.tensor(internal), "gauss": gauss},
         "numpy": {
             "name": name,
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -38,8 +39,8 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 def load_generator_states(states: Mapping[str, Any], device: torch.device) -> None:
     """Take over what `generator_states` returned; the device's only if it was saved on such a device."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    python = states["python"]
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
     numpy = states["numpy"]
     keys = numpy["keys"].numpy().astype(np.uint32)
     np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))

@@ -112,6 +112,7 @@ def test_every_command_keeps_the_contract(name: str) -> None:
         ("config show", ("torch", "questionary")),
         ("config set num_processes=2", ("torch", "questionary")),
         ("config schema", ("torch", "questionary")),
+        ("checkpoints ls .", ("torch", "questionary")),
     ],
 )
 def test_a_command_imports_only_what_it_needs(config_path: Path, arguments: str, absent: tuple[str, ...]) -> None:

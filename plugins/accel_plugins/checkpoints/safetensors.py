@@ -1,137 +1,156 @@
-"""Checkpoints that other tools can read: safetensors files, which hold no code, and plain JSON."""
+"""Checkpoints that other tools can read: safetensors files, named and indexed as the Hugging Face ecosystem does.
+
+The format (https://huggingface.co/docs/safetensors): the length of a JSON header in 8 bytes, little-endian, the
+header, which gives dtype, shape and bytes of each tensor, then the tensors in row-major order without gaps. It knows
+no sharing, so tied weights are written under each of their names.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accel.errors import CheckpointError
-from accel.interfaces import Checkpoint
+from accel.interfaces import Checkpoint, Entry, File, Place
 
-if TYPE_CHECKING:
-    from torch import Tensor
+DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "float8_e8m0fnu": ("F8_E8M0", 1),
+    "complex64": ("C64", 8),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint64": ("U64", 8),
+    "uint32": ("U32", 4),
+    "uint16": ("U16", 2),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+"""The format's name, and the bytes of an element, for each dtype of torch that it holds."""
 
-VALUES_FILE = "values.json"
-"""Holds the plain values and the names of the groups. Written last, so a folder without it is not whole."""
-
-_MARK = "$"
-"""Begins the one key of an object that stands for a number JSON lacks; real keys that begin so get a second one."""
+NAMES = {code: name for name, (code, _) in DTYPES.items()}
+LARGEST_HEADER = 100_000_000
+"""Readers of the format refuse longer ones."""
 
 
 class Safetensors(Checkpoint):
-    """One `.safetensors` file for each group of tensors, and `values.json` for the rest."""
+    """`GROUP.safetensors`; if large, `GROUP-00001-of-0000N.safetensors` with `GROUP.safetensors.index.json`."""
 
-    def save(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
-        """Write everything and wait until it is on disk; raises CheckpointError naming what cannot be written."""
-        for group, named in tensors.items():
-            _save_group(_group_file(folder, group), named)
-        content = {"groups": list(tensors), "values": _encode(values, "values")}
-        path = folder / VALUES_FILE
-        try:
-            path.write_text(json.dumps(content, indent=1, allow_nan=False), "utf-8")
-            _flush(path)
-            _flush(folder)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    def layout(self, group: str, entries: Sequence[Entry], max_shard_size: int) -> Sequence[File]:
+        if not group or Path(group).name != group:
+            raise CheckpointError(f"group {group!r} cannot be a file name")
+        shards = _shards(entries, max_shard_size)
+        if len(shards) == 1:
+            return [_file(f"{group}.safetensors", shards[0])]
+        total = len(shards)
+        files = [_file(f"{group}-{i:05}-of-{total:05}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+        return [*files, _index(group, files)]
 
-    def load(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Read what `save` wrote; raises CheckpointError naming the file that is missing or damaged."""
-        path = folder / VALUES_FILE
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            groups, values = list(content["groups"]), _decode(content["values"])
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; this folder holds no complete checkpoint") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-        return {group: _load_group(_group_file(folder, group)) for group in groups}, values
-
-
-def _group_file(folder: Path, group: str) -> Path:
-    if not group or Path(group).name != group:
-        raise CheckpointError(f"{folder}: group {group!r} cannot be a file name")
-    return folder / f"{group}.safetensors"
+    def places(self, folder: Path, group: str) -> Mapping[str, Place]:
+        single, index = folder / f"{group}.safetensors", folder / f"{group}.safetensors.index.json"
+        if single.exists() or not index.exists():
+            return _read(single)
+        weight_map = _weight_map(index)
+        found: dict[str, Place] = {}
+        for name in sorted(set(weight_map.values())):
+            found |= _read(folder / name)
+        if missing := sorted(
+            name for name, file in weight_map.items() if name not in found or found[name].file != file
+        ):
+            raise CheckpointError(
+                f"{folder / weight_map[missing[0]]}: lacks {missing[0]}, though {index.name} names it"
+            )
+        return found
 
 
-def _save_group(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _size(entry: Entry) -> int:
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.name}: safetensors files hold no {entry.dtype}; they hold {', '.join(DTYPES)}")
+    return math.prod(entry.shape) * DTYPES[entry.dtype][1]
 
+
+def _shards(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
+    """Consecutive entries, as many to a file as fit; one file if there are none."""
+    shards: list[list[Entry]] = [[]]
+    room = largest
+    for entry in entries:
+        size = _size(entry)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = largest
+        shards[-1].append(entry)
+        room -= size
+    return shards
+
+
+def _file(name: str, entries: Sequence[Entry]) -> File:
+    """Wide elements come first, so that each tensor's bytes are aligned to its elements."""
+    ordered = sorted(entries, key=lambda entry: -DTYPES[entry.dtype][1])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in ordered:
+        start, end = end, end + _size(entry)
+        code = DTYPES[entry.dtype][0]
+        header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    places = tuple(
+        Place(entry, name, len(head) + header[entry.name]["data_offsets"][0], _size(entry)) for entry in ordered
+    )
+    return File(name, head, len(head) + end, places)
+
+
+def _index(group: str, files: Sequence[File]) -> File:
+    weight_map = {place.entry.name: file.name for file in files for place in file.places}
+    content = {"metadata": {"total_size": sum(p.size for f in files for p in f.places)}, "weight_map": weight_map}
+    head = (json.dumps(content, indent=1) + "\n").encode()
+    return File(f"{group}.safetensors.index.json", head, len(head))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
     try:
-        save_file(_separate(path, tensors), path)
-        _flush(path)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
-        raise CheckpointError(f"{path}: cannot be written: {type(error).__name__}: {error} (types: {kinds})") from error
+        weight_map = dict(json.loads(path.read_bytes())["weight_map"])
+        if outside := [file for file in weight_map.values() if Path(file).name != file]:
+            raise ValueError(f"{outside[0]!r} is no file of this folder")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    return weight_map
 
 
-def _separate(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each contiguous and in memory of its own: the format knows no sharing, as of tied weights."""
-    from torch import Tensor
-
-    separate: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {name} must be a tensor, got {type(tensor).__name__}")
-        memory = tensor.untyped_storage().data_ptr()
-        whole = tensor.detach().contiguous()
-        separate[name] = whole.clone() if memory in seen and whole.untyped_storage().data_ptr() == memory else whole
-        seen.add(memory)
-    return separate
-
-
-def _load_group(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read(path: Path) -> dict[str, Place]:
+    """The tensors that a file's header names, checked against the file's length."""
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            places = {name: _place(path.name, name, facts, 8 + length) for name, facts in header.items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, though {VALUES_FILE} names it") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    return tensors
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    end = max((place.offset + place.size for place in places.values()), default=8 + length)
+    if end != size:
+        raise CheckpointError(f"{path}: damaged: holds {size} bytes, its header speaks of {end}")
+    return places
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _encode(value: Any, path: str) -> Any:
-    """`value` as strict JSON; tuples become lists. Raises CheckpointError naming the path of what JSON cannot hold."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {f"{_MARK}float": str(value)}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise CheckpointError(f"{path}: keys must be text, got {wrong[0]!r}")
-        return {_escape(key): _encode(item, f"{path}.{key}") for key, item in value.items()}
-    raise CheckpointError(f"{path}: {type(value).__name__} cannot be saved as JSON; save tensors as tensors")
-
-
-def _escape(key: str) -> str:
-    return _MARK + key if key.startswith(_MARK) else key
-
-
-def _decode(value: Any) -> Any:
-    """What `_encode` was given."""
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {f"{_MARK}float"}:
-        return float(value[f"{_MARK}float"])
-    return {key[len(_MARK) :] if key.startswith(_MARK) else key: _decode(item) for key, item in value.items()}
+def _place(file: str, name: str, facts: Mapping[str, Any], data: int) -> Place:
+    entry = Entry(name, NAMES[facts["dtype"]], tuple(map(int, facts["shape"])))
+    start, end = facts["data_offsets"]
+    if not 0 <= start <= end or end - start != _size(entry):
+        raise ValueError(f"{name}: {end - start} bytes for {entry.dtype} of shape {entry.shape}")
+    return Place(entry, file, data + start, end - start)

@@ -1,158 +1,163 @@
-"""`checkpoint: safetensors`: what is saved comes back, and what cannot be says so."""
+"""`checkpoint: safetensors`: the library of that name reads what we lay out, and we read what it writes."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from accel import registry
 from accel.errors import CheckpointError
-from accel.interfaces import Checkpoint
+from accel.interfaces import Checkpoint, Entry, File, Place
+from accel.storage import Geometry, Reader, Writer
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+]
 
 
 @pytest.fixture
-def checkpoint() -> Checkpoint:
+def format() -> Checkpoint:
     plugin = registry.load("checkpoint", "safetensors")
     return plugin(plugin.Options())
 
 
-def test_what_is_saved_comes_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    tensors = {
-        "model_0": {"weight": torch.randn(3, 4), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3)},
-        "optimizer_0": {"0.step": torch.tensor(7), "mask": torch.tensor([True, False])},
-        "nothing": {},
-    }
-    values = {
-        "epoch": 3,
-        "lr": 0.1,
-        "name": "run",
-        "none": None,
-        "flags": [True, False],
-        "nested": {"a": [1, {"b": 2}]},
-    }
-    checkpoint.save(tmp_path, tensors, values)
-    read_tensors, read_values = checkpoint.load(tmp_path)
-    assert read_values == values
-    assert read_tensors.keys() == tensors.keys()
-    for group, named in tensors.items():
-        assert read_tensors[group].keys() == named.keys()
-        for name, tensor in named.items():
-            assert read_tensors[group][name].dtype == tensor.dtype
-            torch.testing.assert_close(read_tensors[group][name], tensor, rtol=0, atol=0)
+def entry(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8, torch.bool])
-def test_dtypes(checkpoint: Checkpoint, tmp_path: Path, dtype: torch.dtype) -> None:
-    tensor = torch.arange(6).to(dtype)
-    checkpoint.save(tmp_path, {"model": {"x": tensor}}, {})
-    assert torch.equal(checkpoint.load(tmp_path)[0]["model"]["x"], tensor)
-    assert checkpoint.load(tmp_path)[0]["model"]["x"].dtype == dtype
+def content(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def test_views_and_tied_weights_are_each_whole(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    base = torch.arange(12.0).view(3, 4)
-    tensors = {"base": base, "tied": base, "transposed": base.t(), "column": base[:, 1], "row": base[2]}
-    checkpoint.save(tmp_path, {"model": tensors}, {})
-    read = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    assert read.keys() == tensors.keys()
+def write(format: Checkpoint, folder: Path, tensors: Mapping[str, Tensor], largest: int = 1 << 40) -> list[File]:
+    files = list(format.layout("model", [entry(n, t) for n, t in tensors.items()], largest))
+    with Writer(folder) as writer:
+        for file in files:
+            writer.create(file.name, file.size, file.head)
+            for place in file.places:
+                writer.write(file.name, Geometry(place.offset, place.size), content(tensors[place.entry.name]))
+    return files
 
 
-def test_parameters_are_saved_as_plain_tensors(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 3)
-    checkpoint.save(tmp_path, {"model": dict(model.named_parameters())}, {})
-    read = checkpoint.load(tmp_path)[0]["model"]
-    assert torch.equal(read["weight"], model.weight)
-    assert type(read["weight"]) is torch.Tensor
+def read(folder: Path, place: Place) -> bytes:
+    buffer = bytearray(place.size)
+    with Reader(folder) as reader:
+        reader.read(place.file, Geometry(place.offset, place.size), memoryview(buffer))
+    return bytes(buffer)
 
 
-def test_numbers_that_json_lacks(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    values = {
-        "best": math.inf,
-        "worst": -math.inf,
-        "loss": [math.nan, 1e-300],
-        "$float": "nan",
-        "$$": {"$float": "inf"},
-    }
-    checkpoint.save(tmp_path, {}, values)
-
-    def refuse(constant: str) -> None:
-        pytest.fail(f"{constant} is not JSON")
-
-    json.loads((tmp_path / "values.json").read_text(), parse_constant=refuse)
-    read = checkpoint.load(tmp_path)[1]
-    assert math.isnan(read["loss"].pop(0))
-    assert math.isnan(values["loss"].pop(0))
-    assert read == values
+def samples() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    odd = {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), 'ü\n"/.': torch.randn(2)}
+    return {str(dtype): (torch.randn(3, 5).abs() * 10).to(dtype) for dtype in DTYPES} | odd
 
 
-def test_long_integers_and_floats_are_exact(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    values = {"generator": 2**64 - 1, "third": 1 / 3, "text": "café \u2028 \ud7ff"}
-    checkpoint.save(tmp_path, {}, values)
-    assert checkpoint.load(tmp_path)[1] == values
+def test_the_library_reads_what_we_lay_out(format: Checkpoint, tmp_path: Path) -> None:
+    tensors = samples()
+    write(format, tmp_path, tensors)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert content(found[name]) == content(tensor)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"a": {"b": [1, torch.zeros(2)]}}, r"values\.a\.b\[1\]: Tensor cannot be saved as JSON"),
-        ({"a": {1: 2}}, "values.a: keys must be text, got 1"),
-        ({"a": {1, 2}}, "values.a: set cannot"),
-    ],
-)
-def test_values_that_json_cannot_hold(
-    checkpoint: Checkpoint, tmp_path: Path, values: dict[str, object], message: str
-) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        checkpoint.save(tmp_path, {}, values)
+def test_we_read_what_the_library_writes(format: Checkpoint, tmp_path: Path) -> None:
+    tensors = samples()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    places = format.places(tmp_path, "model")
+    assert {name: place.entry for name, place in places.items()} == {n: entry(n, t) for n, t in tensors.items()}
+    assert all(read(tmp_path, places[name]) == bytes(content(tensor)) for name, tensor in tensors.items())
 
 
-def test_what_is_no_tensor_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: weight must be a tensor, got float"):
-        checkpoint.save(tmp_path, {"model": {"weight": 1.0}}, {})  # type: ignore[dict-item]
+def test_elements_are_aligned(format: Checkpoint) -> None:
+    entries = [Entry("flag", "bool", (3,)), Entry("byte", "uint8", (1,)), Entry("wide", "float64", (2,))]
+    [file] = format.layout("model", entries, 1 << 40)
+    assert all(place.offset % 8 == 0 for place in file.places if place.entry.dtype == "float64")
+
+
+def test_large_groups_are_cut_as_hugging_face_does(format: Checkpoint, tmp_path: Path) -> None:
+    tensors = {f"layer.{i}": torch.full((10,), float(i)) for i in range(5)}
+    files = write(format, tmp_path, tensors, largest=80)
+    assert [file.name for file in files] == [
+        *(f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 200}
+    for name, tensor in tensors.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+    assert format.places(tmp_path, "model").keys() == tensors.keys()
+
+
+def test_a_tensor_larger_than_a_file_has_one_alone(format: Checkpoint) -> None:
+    entries = [Entry("a", "float32", (1,)), Entry("b", "float32", (100,)), Entry("c", "float32", (1,))]
+    files = format.layout("model", entries, 10)
+    assert [[place.entry.name for place in file.places] for file in files] == [["a"], ["b"], ["c"], []]
 
 
 @pytest.mark.parametrize("group", ["", "a/b", "../model"])
-def test_groups_are_file_names(checkpoint: Checkpoint, tmp_path: Path, group: str) -> None:
+def test_groups_are_file_names(format: Checkpoint, group: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be a file name"):
-        checkpoint.save(tmp_path, {group: {"x": torch.zeros(1)}}, {})
+        format.layout(group, [], 100)
 
 
-def test_folder_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be written"):
-        checkpoint.save(tmp_path / "missing", {"model": {"x": torch.zeros(1)}}, {})
-    with pytest.raises(CheckpointError, match=r"values\.json: cannot be written"):
-        checkpoint.save(tmp_path / "missing", {}, {})
+def test_dtypes_that_the_format_lacks(format: Checkpoint) -> None:
+    with pytest.raises(CheckpointError, match="w: safetensors files hold no complex128"):
+        format.layout("model", [Entry("w", "complex128", (1,))], 100)
 
 
-def test_empty_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"values\.json: no such file"):
-        checkpoint.load(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"groups": 3, "values": {}}'])
-def test_damaged_values(checkpoint: Checkpoint, tmp_path: Path, text: str) -> None:
-    (tmp_path / "values.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"values\.json: damaged"):
-        checkpoint.load(tmp_path)
+def test_empty_folder(format: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
+        format.places(tmp_path, "model")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_damaged_tensors(checkpoint: Checkpoint, tmp_path: Path, keep: int) -> None:
-    checkpoint.save(tmp_path, {"model": {"x": torch.randn(100)}}, {})
+def test_files_cut_short(format: Checkpoint, tmp_path: Path, keep: int) -> None:
+    write(format, tmp_path, {"x": torch.randn(100)})
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
-        checkpoint.load(tmp_path)
+        format.places(tmp_path, "model")
 
 
-def test_missing_group(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, {"model": {"x": torch.zeros(1)}}, {})
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
-        checkpoint.load(tmp_path)
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b'{"x": 1}',
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+    ],
+)
+def test_headers_that_contradict_themselves(format: Checkpoint, tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+        format.places(tmp_path, "model")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", r"index\.json: damaged"),
+        ('{"weight_map": {"x": "../model.safetensors"}}', "is no file of this folder"),
+        ('{"weight_map": {"x": "gone.safetensors"}}', r"gone\.safetensors: no such file"),
+        ('{"weight_map": {"y": "part.safetensors"}}', r"part\.safetensors: lacks y"),
+    ],
+)
+def test_damaged_index(format: Checkpoint, tmp_path: Path, index: str, message: str) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        format.places(tmp_path, "model")

@@ -1,0 +1,143 @@
+"""The checkpoints of a run: saving in the foreground or behind it, loading the newest, deleting the old."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import storage
+from ...errors import CheckpointError
+from ...interfaces import Checkpoint
+from ...storage import Manifest, Range
+from ..world import World
+from .contents import Contents, State, collect, collect_model
+from .exchange import Exchange
+from .fit import Differences
+from .load import Skipped, load, load_weights, verify
+from .write import Work, plan, plan_tensors, write
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run. Each method is called by all ranks together.
+
+    `home` is where those without a name of the user's are; of these, the newest `limit` are kept, or all.
+    """
+
+    def __init__(self, format: Checkpoint, world: World, home: Path, limit: int | None, timeout: float) -> None:
+        self.format, self.world, self.home, self.limit = format, world, home, limit
+        self.exchange = Exchange(world, timeout)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._buffer: Tensor | None = None
+
+    def save(self, folder: Path | None, state: State, blocking: bool) -> Path:
+        """Write a checkpoint; returns its folder. Not blocking, it returns when the state has been copied."""
+        self.wait()
+        self.exchange.connect()
+        numbered = folder is None
+        folder = folder or self.exchange.from_main(lambda: storage.next_folder(self.home))
+        contents = collect(state)
+        work = plan(folder, contents, state, self.format, self.exchange)
+        facts = {"step": state.step, "created": round(time.time(), 3), "processes": self.world.size}
+        if blocking:
+            self._write(work, facts, numbered)
+        else:
+            work.copy(self._staging(work.size))
+            self._start(work, facts, numbered)
+        return folder
+
+    def exist(self) -> bool:
+        """Whether there are checkpoints without a name of the user's, complete or not."""
+        self.exchange.connect()
+        return self.exchange.from_main(lambda: bool(storage.newest_first(self.home)))
+
+    def load(self, folder: Path | None, state: State, strict: bool) -> tuple[Path, Skipped]:
+        """Take over a checkpoint, by default the newest complete one; returns its folder and what was skipped."""
+        self.wait()
+        self.exchange.connect()
+        if folder is None:
+            folder = self._newest()
+        else:
+            given = folder
+            folder = self.exchange.from_main(lambda: storage.find(given))
+            verify(folder, self.exchange)
+        return folder, load(folder, state, self.format, self.exchange, strict)
+
+    def save_model(self, folder: Path, model: nn.Module, largest: int) -> None:
+        """Write a model's weights alone, into a folder that may hold other files."""
+        self.wait()
+        self.exchange.connect()
+        contents = Contents()
+        collect_model(contents, 0, model)
+        tables = self.exchange.together(contents.table)
+        work = plan_tensors(folder / "model", tables, contents, self.format, largest, self.world.rank)
+        write(work, lambda ranges: storage.commit_files(folder, folder / "model", "model"), self.exchange)
+
+    def load_model(self, folder: Path, model: nn.Module, strict: bool) -> Differences:
+        """Take over weights, from one of our checkpoints or from any folder that the format reads."""
+        self.wait()
+        self.exchange.connect()
+        if self.exchange.from_main(lambda: (folder / storage.MANIFEST).exists()):
+            verify(folder, self.exchange, lambda r: r.file.startswith("model"))
+        return load_weights(folder, model, self.format, self.exchange, strict)
+
+    def wait(self) -> None:
+        """Until what is being written is on disk. Raises CheckpointError if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise CheckpointError(f"the checkpoint begun before was not written: {failure}") from failure
+
+    def _write(self, work: Work, facts: dict[str, Any], numbered: bool) -> None:
+        def finish(ranges: Sequence[Range]) -> None:
+            manifest = Manifest({file.name: file.size for file in work.files}, ranges, facts)
+            manifest.write(storage.aside(work.folder))
+            storage.commit(work.folder)
+            if numbered and self.limit is not None:
+                storage.rotate(self.home, self.limit)
+
+        write(work, finish, self.exchange)
+
+    def _start(self, work: Work, facts: dict[str, Any], numbered: bool) -> None:
+        def run() -> None:
+            try:
+                self._write(work, facts, numbered)
+            except Exception as error:  # noqa: BLE001 - it surfaces at the next call
+                self._failure = error
+
+        atexit.unregister(self.wait)
+        atexit.register(self.wait)  # before the process group is left, since it comes after that in the list
+        self._thread = threading.Thread(target=run, name="accel-checkpoint")
+        self._thread.start()
+
+    def _staging(self, size: int) -> Tensor:
+        """Memory for a snapshot, kept for the next one: fresh memory costs more than the copy itself."""
+        if self._buffer is None or len(self._buffer) != size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer
+
+    def _newest(self) -> Path:
+        """The newest checkpoint that is whole. Raises CheckpointError telling why each was passed over."""
+        passed = []
+        for folder in self.exchange.from_main(lambda: storage.newest_first(self.home)):
+            try:
+                verify(folder, self.exchange)
+            except CheckpointError as error:
+                passed.append(str(error))
+                if self.world.rank == 0:
+                    warnings.warn(f"load_state: passed over {os.fspath(folder)}: {error}", stacklevel=4)
+                continue
+            return folder
+        why = "; passed over " + "; ".join(passed) if passed else "; save_state() writes one"
+        raise CheckpointError(f"{self.home}: no complete checkpoint{why}")

@@ -1,0 +1,84 @@
+"""What a folder holds against what is prepared here: every difference by its key, with what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import CheckpointError
+from ...interfaces import Place
+
+FOREIGN = {
+    ".metadata": "torch's distributed checkpoint; read it with torch.distributed.checkpoint into an unprepared model",
+    "pytorch_model.bin": "a pickled model; torch.load it and call model.load_state_dict before prepare()",
+    "pytorch_model.bin.index.json": "a pickled model in parts; its own library can save it as safetensors",
+    "latest": "DeepSpeed; its zero_to_fp32.py makes weights of it",
+    "optimizer.bin": "Hugging Face Accelerate; load_model() reads its weights, its optimizer state is pickled",
+}
+"""Files by which folders of other libraries are known, and what to do with them."""
+
+
+@dataclass
+class Differences:
+    """Keys that are here and not in the folder, those in the folder and not here, and shapes that differ."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def describe(self) -> str:
+        """All of it in a sentence."""
+        parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": self.shapes}
+        return "; ".join(f"{title}: {_some(names)}" for title, names in parts.items() if names)
+
+    def advice(self) -> str:
+        """What would work."""
+        for name in self.unexpected:
+            prefix, _, rest = name.partition(".")
+            if rest in self.missing:
+                return f"keys there begin with {prefix + '.'!r}; save the model inside, or rename them"
+            if close := difflib.get_close_matches(name, self.missing, n=1, cutoff=0.5):
+                return f"was {name!r} renamed to {close[0]!r}? rename it in the file or in the model"
+        for name in self.missing:
+            prefix, _, rest = name.partition(".")
+            if rest in self.unexpected:
+                return f"keys here begin with {prefix + '.'!r}; load into the model inside"
+        return "prepare what was saved, or pass strict=False to leave these as they are"
+
+
+def compare(here: Mapping[str, Sequence[int]], places: Mapping[str, Place], same: Mapping[str, str]) -> Differences:
+    """Shapes by name here, against a folder. `same` gives another name of what is known by two, as tied weights are."""
+    found = {same.get(name, name) for name in places}
+    return Differences(
+        missing=[name for name in here if same.get(name, name) not in found],
+        unexpected=[name for name in places if name not in here],
+        shapes=[
+            f"{name} is {tuple(places[name].entry.shape)}, here {tuple(shape)}"
+            for name, shape in here.items()
+            if name in places and places[name].entry.shape != tuple(shape)
+        ],
+    )
+
+
+def foreign(folder: Path) -> str:
+    """What a folder seems to be if another library wrote it; empty if nothing is known."""
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    return next((f"this looks like {what}" for name, what in FOREIGN.items() if name in names), "")
+
+
+def check_counts(folder: Path, saved: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """Raise CheckpointError unless the checkpoint was made with as many objects of each kind."""
+    if saved != here:
+        differences = ", ".join(f"{saved[k]} {k} (here {here[k]})" for k in here if saved[k] != here[k])
+        raise CheckpointError(f"{folder}: holds {differences}; prepare the same objects before load_state")
+
+
+def _some(names: Collection[str], most: int = 8) -> str:
+    shown = ", ".join(list(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,151 @@
+"""Writing a checkpoint: each process its own bytes, in parallel, into files whose layout all of them compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ... import storage
+from ...interfaces import Checkpoint, Entry, File, Place
+from ...storage import Geometry, Range, Writer
+from .contents import SMALL, Contents, State, collect_random
+from .exchange import Exchange
+from .ownership import Duty, Held, all_entries, duties
+from .parts import as_bytes, box_of, entry_of, geometries, item_size, local_of
+
+VALUES = "state.json"
+LARGEST_FILE = 5_000_000_000
+"""Bytes of tensors in one file of a checkpoint, as the Hugging Face ecosystem has it."""
+
+
+@dataclass
+class Piece:
+    """Bytes that this process writes: a stretch of its part of a tensor. `copy`, if made, holds them."""
+
+    place: Place
+    duty: Duty
+    tensor: Tensor
+    copy: Tensor | None = None
+
+    def bytes(self) -> Tensor:
+        """The bytes on the CPU, [stop - start]; the tensor's own memory where it can be."""
+        if self.copy is not None:
+            return self.copy
+        return as_bytes(local_of(self.tensor).contiguous())[self.duty.start : self.duty.stop].cpu()
+
+    def geometries(self) -> Iterable[Geometry]:
+        """Where they go in the file."""
+        held = self.duty.held
+        size = item_size(held.entry)
+        for g in geometries(held.entry.shape, held.box, size, self.duty.start, self.duty.stop):
+            yield replace(g, offset=g.offset + self.place.offset)
+
+
+@dataclass
+class Work:
+    """What this process does for one checkpoint. `files` are all files on rank 0, which makes them, else none."""
+
+    folder: Path
+    files: list[File]
+    pieces: list[Piece]
+
+    def copy(self, buffer: Tensor) -> None:
+        """Take a snapshot: from now on the tensors may change. The buffer has `size` bytes."""
+        done = 0
+        for piece in self.pieces:
+            size = piece.duty.stop - piece.duty.start
+            piece.copy = buffer[done : done + size].copy_(piece.bytes())
+            done += size
+
+    @property
+    def size(self) -> int:
+        """Bytes that this process writes, besides what stands before the tensors."""
+        return sum(piece.duty.stop - piece.duty.start for piece in self.pieces)
+
+
+def plan(folder: Path, contents: Contents, state: State, format: Checkpoint, exchange: Exchange) -> Work:
+    """Agree on the layout of a checkpoint; all ranks."""
+    rank = exchange.world.rank
+    told = exchange.together(lambda: (contents.table(), *collect_random(state, rank)))
+    work = plan_tensors(folder, [table for table, _, _ in told], contents, format, LARGEST_FILE, rank)
+    if rank == 0:
+        contents.values["random"] = [random for _, random, _ in told]
+        small = contents.small | {name: tensor for _, _, tensors in told for name, tensor in tensors.items()}
+        pieces, files = _small_files(small, contents.values, format)
+        work.pieces.extend(pieces)
+        work.files.extend(files)
+    return work
+
+
+def plan_tensors(
+    folder: Path, tables: Sequence[Sequence[Held]], contents: Contents, format: Checkpoint, largest: int, rank: int
+) -> Work:
+    """The files of models and optimizers, and this process's pieces of them; the same layout on all ranks."""
+    groups = {held.group: list[Entry]() for table in tables for held in table} | all_entries(tables)
+    layouts = {group: format.layout(group, groups.get(group, []), largest) for group in {**contents.tensors, **groups}}
+    places = {(group, p.entry.name): p for group, files in layouts.items() for file in files for p in file.places}
+    pieces = []
+    for duty in duties(tables, rank):
+        group, name = duty.held.group, duty.held.entry.name
+        pieces.append(Piece(places[group, name], duty, contents.tensors[group][name][0]))
+    return Work(folder, [file for files in layouts.values() for file in files] if rank == 0 else [], pieces)
+
+
+def write(work: Work, finish: Callable[[list[Range]], None], exchange: Exchange) -> None:
+    """Write everything beside the folder, wait until it is on disk, and let rank 0 finish; all ranks.
+
+    Raises CheckpointError on all ranks if any of them fails, and leaves nothing behind.
+    """
+    try:
+        heads = exchange.from_main(lambda: _create(work))
+        written = exchange.together(lambda: _write_pieces(work))
+        exchange.from_main(lambda: finish([*heads, *(r for ranges in written for r in ranges)]))
+    except Exception:
+        if exchange.world.rank == 0:
+            storage.discard(work.folder)
+        raise
+
+
+def _create(work: Work) -> list[Range]:
+    """Make all files, with what stands before their tensors; rank 0 only."""
+    storage.open_aside(work.folder)
+    with Writer(storage.aside(work.folder)) as writer:
+        for file in work.files:
+            writer.create(file.name, file.size, file.head)
+        return writer.written
+
+
+def _write_pieces(work: Work) -> list[Range]:
+    """Write this process's bytes and wait until they are on disk; returns what was written."""
+    with Writer(storage.aside(work.folder)) as writer:
+        for piece in work.pieces:
+            data = piece.bytes().numpy().data
+            done = 0
+            for geometry in piece.geometries():
+                part = data[done : done + geometry.total]
+                writer.write(piece.place.file, geometry, part, piece.place.entry.name)
+                done += geometry.total
+        for file in work.files:
+            writer.open(file.name)  # also those of which this process wrote nothing but the head
+        writer.flush()
+        return writer.written
+
+
+def _small_files(
+    small: Mapping[str, Tensor], values: Mapping[str, Any], format: Checkpoint
+) -> tuple[list[Piece], list[File]]:
+    """The files of what is neither weights nor state of an optimizer; rank 0 only."""
+    entries = [entry_of(name, tensor) for name, tensor in small.items()]
+    files = list(format.layout(SMALL, entries, LARGEST_FILE))
+    pieces = []
+    for place in (place for file in files for place in file.places):
+        tensor = small[place.entry.name]
+        held = Held(SMALL, place.entry, box_of(place.entry.name, tensor), True)
+        pieces.append(Piece(place, Duty(held, 0, held.size), tensor))
+    text = (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+    return pieces, [*files, File(VALUES, text, len(text))]

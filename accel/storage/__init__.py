@@ -1,0 +1,35 @@
+"""Checkpoint folders on disk: bytes, manifests, names. Needs no torch, so that the command line can use it too."""
+
+from .commit import aside, commit, commit_files, discard, open_aside, remove
+from .disk import CHUNK, Geometry, Range, Reader, Writer, checksum
+from .folders import FOLDER, complete, find, named, newest_first, next_folder, parse_size, rotate
+from .manifest import MANIFEST, Manifest, Problem, read_manifest
+from .merge import merge
+
+__all__ = [
+    "CHUNK",
+    "FOLDER",
+    "MANIFEST",
+    "Geometry",
+    "Manifest",
+    "Problem",
+    "Range",
+    "Reader",
+    "Writer",
+    "aside",
+    "checksum",
+    "commit",
+    "commit_files",
+    "complete",
+    "discard",
+    "find",
+    "merge",
+    "named",
+    "newest_first",
+    "next_folder",
+    "open_aside",
+    "parse_size",
+    "read_manifest",
+    "remove",
+    "rotate",
+]

@@ -1,0 +1,82 @@
+"""A folder appears whole or not at all: it is made under another name, and renamed when everything is on disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from .disk import flush_folder, naming
+
+
+def aside(folder: Path) -> Path:
+    """Where a folder is made before it gets its name."""
+    return folder.with_name(f".{folder.name}.writing")
+
+
+def older(folder: Path) -> Path:
+    """Where the folder that is being replaced is kept until the new one has its name."""
+    return folder.with_name(f".{folder.name}.older")
+
+
+def open_aside(folder: Path) -> None:
+    """Begin a folder, without what a killed attempt may have left of it. Raises CheckpointError."""
+    with naming(aside(folder), "written"):
+        if aside(folder).exists():
+            shutil.rmtree(aside(folder))
+        aside(folder).mkdir(parents=True)
+
+
+def commit(folder: Path) -> None:
+    """Give the finished folder its name. Raises CheckpointError, and then the one that had the name still has it.
+
+    If killed between the two renames of a replacement, the old one is found under its second name.
+    """
+    with naming(folder, "written"):
+        flush_folder(aside(folder))
+        replaces = folder.exists()
+        if replaces:
+            shutil.rmtree(older(folder), ignore_errors=True)
+            folder.rename(older(folder))
+        try:
+            aside(folder).rename(folder)
+        except OSError:
+            if replaces:
+                older(folder).rename(folder)
+            raise
+        flush_folder(folder.parent)
+    shutil.rmtree(older(folder), ignore_errors=True)
+
+
+def commit_files(folder: Path, made: Path, group: str) -> None:
+    """Move the finished files of one group into a folder that may hold others, over those of before.
+
+    The index goes last, and files of the group that are not part of it any more go away. Raises CheckpointError.
+    """
+    with naming(folder, "written"):
+        new = sorted(aside(made).iterdir(), key=lambda path: (path.name.endswith(".index.json"), path.name))
+        for path in new:
+            path.rename(folder / path.name)
+        names = {path.name for path in new}
+        for path in folder.glob(f"{group}*.safetensors*"):
+            if path.name not in names and re.fullmatch(
+                rf"{group}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name
+            ):
+                path.unlink()
+        aside(made).rmdir()
+        flush_folder(folder)
+
+
+def discard(folder: Path) -> None:
+    """Give up an unfinished folder; what cannot be deleted is deleted by the next attempt."""
+    shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that it is never found half deleted. Raises CheckpointError."""
+    doomed = folder.with_name(f".{folder.name}.deleting")
+    with naming(folder, "deleted"):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,116 @@
+"""`save_state(blocking=False)`: a consistent snapshot, one at a time, errors told, the end waits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accel import Accelerator
+from accel.errors import CheckpointError
+from accel.testing import run
+
+from .faults import failing, replaced
+from .models import prepared, train, whole
+
+
+class Gate:
+    """Holds up writing until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened, self.reached, self.real = threading.Event(), threading.Event(), os.pwrite
+
+    def __call__(self, handle: int, data: Any, offset: int) -> int:
+        self.reached.set()
+        assert self.opened.wait(30)
+        return self.real(handle, data, offset)
+
+
+def save_behind(folder: Path, settings: dict[str, Any]) -> None:
+    """Weights are changed at once, by training and by hand, while nothing is written yet."""
+    accelerator, net, optimizer = prepared(settings)
+    train(accelerator, net, optimizer)
+    before, gate = whole(net, optimizer, accelerator), Gate()
+    with replaced("pwrite", gate):
+        accelerator.save_state(folder / "c", blocking=False)
+        train(accelerator, net, optimizer)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+        assert not (folder / "c").exists()
+        gate.opened.set()
+        accelerator.load_state(folder / "c")  # waits for it
+    after = whole(net, optimizer, accelerator)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    accelerator.save_state(folder / "c", blocking=False)
+    accelerator.save_state(folder / "c", blocking=False)
+    accelerator.end_training()
+    assert (folder / "c" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("size", "strategy"), [(1, "single"), (2, "ddp"), (3, "zero3")])
+def test_a_snapshot_is_of_one_moment(tmp_path: Path, size: int, strategy: str) -> None:
+    run(size, save_behind, tmp_path, {"strategies": [strategy]})
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def one_at_a_time(folder: Path) -> None:
+    accelerator, _, _ = prepared({})
+    gate = Gate()
+    with replaced("pwrite", gate):
+        accelerator.save_state(folder / "a", blocking=False)
+        gate.reached.wait(30)
+        threading.Timer(0.2, gate.opened.set).start()
+        accelerator.save_state(folder / "b", blocking=False)
+        assert (folder / "a" / "manifest.json").exists()
+    accelerator.end_training()
+    assert not [thread for thread in threading.enumerate() if thread.name == "accel-checkpoint"]
+
+
+def test_at_most_one_is_in_flight(tmp_path: Path) -> None:
+    run(2, one_at_a_time, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def fail_behind(folder: Path) -> list[str]:
+    accelerator, _, _ = prepared({"strategies": ["zero3"]})
+    accelerator.save_state(folder / "c")
+    messages = []
+    for then in (lambda: accelerator.save_state(folder / "c"), lambda: accelerator.load_state(folder / "c")):
+        with failing("pwrite", errno.ENOSPC, 0 if accelerator.is_last_process else 1 << 30):
+            accelerator.save_state(folder / "c", blocking=False)
+            accelerator._checkpoints._thread.join()
+        with pytest.raises(CheckpointError) as raised:
+            then()
+        messages.append(str(raised.value))
+        then()
+    return messages
+
+
+def test_errors_surface_at_the_next_call_of_every_rank(tmp_path: Path) -> None:
+    for messages in run(2, fail_behind, tmp_path):
+        assert len(messages) == 2
+        assert all("begun before was not written" in m and "No space left on device" in m for m in messages)
+
+
+SCRIPT = """
+import sys, torch
+from accel import Accelerator
+accelerator = Accelerator()
+model = accelerator.prepare(torch.nn.Linear(1000, 1000))
+accelerator.save_state(sys.argv[1], blocking=False)
+"""
+
+
+def test_the_end_of_the_script_waits(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "c")], check=True)
+    accelerator = Accelerator()
+    accelerator.prepare(torch.nn.Linear(1000, 1000))
+    accelerator.load_state(tmp_path / "c")

@@ -1,0 +1,229 @@
+"""Weights alone, to and from the folders that the Hugging Face ecosystem uses, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from accel import Accelerator
+from accel.errors import CheckpointError, ConfigError
+from accel.testing import run
+
+from .models import Net, prepared, train, whole
+
+STRATEGIES = {1: "single", 2: "ddp", 3: "zero3"}
+
+
+def export(folder: Path, shard: Any) -> dict[str, torch.Tensor]:
+    accelerator, net, _ = prepared({"strategies": [STRATEGIES[Accelerator().num_processes]]})
+    accelerator.save_model(net, folder, max_shard_size=shard)
+    return accelerator.get_state_dict(net)
+
+
+def read_back(folder: Path) -> dict[str, torch.Tensor]:
+    accelerator, net, _ = prepared({"strategies": [STRATEGIES[Accelerator().num_processes]]}, seed=1)
+    assert not accelerator.load_model(net, folder)
+    return accelerator.get_state_dict(net)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_export_and_import(tmp_path: Path, size: int) -> None:
+    """First one file, then several in its place: never are files of both there, and others are let be."""
+    (tmp_path / "config.json").write_text("{}")
+    expected = run(size, export, tmp_path, "5GB")[0]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    Net().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    run(size, export, tmp_path, 400)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {"config.json", "model.safetensors.index.json", *index.values()} == set(os.listdir(tmp_path))
+    assert len(set(index.values())) > 1
+    for name, tensor in expected.items():
+        assert torch.equal(load_file(tmp_path / index[name])[name], tensor)
+    for found in run(4 - size, read_back, tmp_path):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_tied_weights_that_are_saved_once(tmp_path: Path) -> None:
+    """As Hugging Face saves them: under one of their names."""
+    state = {name: torch.ones_like(value) for name, value in Net().state_dict().items() if name != "tied.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    accelerator, net, _ = prepared({})
+    assert not accelerator.load_model(net, tmp_path)
+    assert net.tied.weight.eq(1).all()
+    assert net.tied.weight is net.second.weight
+
+
+def test_other_dtypes_are_converted(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(2, 2))
+    save_file(
+        {"weight": torch.full((2, 2), 1.5).half(), "bias": torch.ones(2).double()}, tmp_path / "model.safetensors"
+    )
+    accelerator.load_model(model, tmp_path)
+    assert model.weight.tolist() == [[1.5, 1.5], [1.5, 1.5]]
+    assert (model.weight.dtype, model.bias.tolist()) == (torch.float32, [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"weight": (2, 2)}, "missing: bias; prepare what was saved, or pass strict=False"),
+        ({"weight": (2, 3), "bias": (2,)}, r"other shapes: weight is \(2, 3\), here \(2, 2\)"),
+        ({"weight": (2, 2), "bias": (2,), "x": (1,)}, "unexpected: x"),
+        ({"module.weight": (2, 2), "module.bias": (2,)}, r"keys there begin with 'module\.'"),
+        ({"weights": (2, 2), "bias": (2,)}, "was 'weights' renamed to 'weight'"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, saved: dict[str, tuple[int, ...]], message: str) -> None:
+    save_file({name: torch.ones(shape) for name, shape in saved.items()}, tmp_path / "model.safetensors")
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        accelerator.load_model(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.warns(UserWarning, match="load_model: left out of"):
+        differences = accelerator.load_model(model, tmp_path, strict=False)
+    assert differences
+    for name, value in model.state_dict().items():
+        fits = saved.get(name) == tuple(value.shape)
+        assert torch.equal(value, torch.ones_like(value) if fits else before[name])
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("pytorch_model.bin", "a pickled model"),
+        (".metadata", "torch's distributed checkpoint"),
+        ("latest", "DeepSpeed"),
+        ("notes.txt", r"model\.safetensors: no such file"),
+    ],
+)
+def test_folders_of_others(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).touch()
+    accelerator = Accelerator()
+    with pytest.raises(CheckpointError, match=message):
+        accelerator.load_model(accelerator.prepare(nn.Linear(1, 1)), tmp_path)
+
+
+@pytest.mark.parametrize("size", ["", "5XB", "0", "-1", 0])
+def test_sizes_that_are_none(tmp_path: Path, size: Any) -> None:
+    accelerator = Accelerator()
+    with pytest.raises(CheckpointError, match="max_shard_size: expected bytes"):
+        accelerator.save_model(nn.Linear(1, 1), tmp_path, max_shard_size=size)
+    with pytest.raises(ConfigError, match="safe_serialization"):
+        accelerator.save_model(nn.Linear(1, 1), tmp_path, safe_serialization=False)
+
+
+def test_optimizers_that_do_not_fit(tmp_path: Path) -> None:
+    accelerator, net, optimizer = prepared({})
+    train(accelerator, net, optimizer)
+    accelerator.save_state(tmp_path / "c")
+    other, _, _ = fresh(lambda model: torch.optim.AdamW([*model.head.parameters(), model.norm.running_mean], lr=1.0))
+    with pytest.raises(
+        CheckpointError, match=r"AdamW: parameters missing: group_0\.parameter_1; unexpected: first\.bias"
+    ):
+        other.load_state(tmp_path / "c")
+    other, _, _ = fresh(lambda model: torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(CheckpointError, match="holds the state of AdamW, here is SGD"):
+        other.load_state(tmp_path / "c")
+    other, model, some = fresh(lambda model: torch.optim.AdamW(model.head.parameters(), lr=1.0))
+    with pytest.warns(UserWarning, match="optimizer: unexpected: first.bias"):
+        other.load_state(tmp_path / "c", strict=False)
+    assert some.param_groups[0]["lr"] == 0.02
+    saved = whole(net, optimizer, accelerator)
+    assert torch.equal(some.state[model.head.weight]["exp_avg"], saved["head.weight.exp_avg"])
+
+
+def fresh(make: Callable[[Net], torch.optim.Optimizer]) -> tuple[Accelerator, Net, torch.optim.Optimizer]:
+    accelerator, model = Accelerator(), Net()
+    return accelerator, *accelerator.prepare(model, make(model))
+
+
+def test_groups_are_matched_by_name(tmp_path: Path) -> None:
+    """The same groups in another order, and parameters in another order, get their own settings and state."""
+    accelerator, net, optimizer = prepared({})
+    train(accelerator, net, optimizer)
+    accelerator.save_state(tmp_path / "c")
+    saved = whole(net, optimizer, accelerator)
+
+    def other_way_round(model: Net) -> torch.optim.Optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW([{"params": trained[1::-1]}, {"params": trained[:1:-1]}])
+
+    other, model, swapped = fresh(other_way_round)
+    other.load_state(tmp_path / "c")
+    assert [(g["lr"], g["weight_decay"]) for g in swapped.param_groups] == [(0.01, 0.1), (0.02, 0.01)]
+    found = whole(model, swapped, other)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    other, _, _ = fresh(lambda model: torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+    with pytest.raises(CheckpointError, match="one group here, and were saved in groups with different settings"):
+        other.load_state(tmp_path / "c")
+
+
+OPTIMIZERS = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adadelta", "Adamax", "ASGD", "Rprop"]
+
+
+def test_every_optimizer_of_torch(tmp_path: Path) -> None:
+    for name in [*OPTIMIZERS, "Adafactor", "LBFGS"]:
+        states = []
+        for resume in (False, True):
+            torch.manual_seed(resume)
+            accelerator, model = Accelerator(), nn.Linear(3, 4)
+            options = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+            optimizer = getattr(torch.optim, name)(model.parameters(), **options)
+            accelerator.prepare(model, optimizer)
+            if resume:
+                accelerator.load_state(tmp_path / name)
+            else:
+                step(accelerator, model, optimizer)
+                accelerator.save_state(tmp_path / name)
+            step(accelerator, model, optimizer)
+            states.append([*model.parameters()])
+        assert all(torch.equal(one, other) for one, other in zip(*states, strict=True)), name
+
+
+def step(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    x = torch.linspace(-1, 1, 15).view(5, 3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        accelerator.backward(loss)
+        return loss
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
+
+
+class Counting(nn.Linear):
+    """Keeps something that is no tensor."""
+
+    count = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_extra_state_of_modules(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Sequential(Counting(1, 1)))
+    model[0].count = 7
+    accelerator.save_state(tmp_path / "c")
+    model[0].count = 0
+    accelerator.load_state(tmp_path / "c")
+    assert model[0].count == 7
