@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from accel_plugins.strategies.zero.comm import _LOT_BYTES, AllToAllReduceScatter, Scratch
 
 CPU = torch.device("cpu")
