@@ -1,7 +1,7 @@
 """What the stages of ZeRO cost and save, beside plain torch and the peers.
 
     python benchmarks/zero.py
-    python benchmarks/zero.py --width 1024 --layers 12 --batch 1 --length 32 --rounds 1   # states dominate
+    python benchmarks/zero.py --width 1024 --heads 16 --layers 11 --length 32 --batch 1   # states dominate
 
 Contenders train one transformer in float32 with AdamW on gloo processes. Each has a group of processes of its own,
 started by torchrun in one environment, that of `accel launch` on a CPU; where this is run by root, also in a network

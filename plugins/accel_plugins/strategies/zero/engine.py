@@ -16,7 +16,7 @@ from accel.errors import PrepareError
 from accel.runtime.nested import map_tensors
 
 from .blocks import find_blocks
-from .comm import reduce_scatter_for
+from .comm import improve_collectives
 from .entries import Entries
 from .exchange import Exchange
 from .groups import Groups
@@ -125,13 +125,11 @@ class ShardedModel:
             block.register_forward_hook(_own_outputs, prepend=True)
             fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule) and (
-                own := reduce_scatter_for(self.strategy.mesh.group, self.strategy.device)
-            ):
-                module.set_custom_reduce_scatter(own)
-            if isinstance(module, FSDPModule):
-                _keep_name(type(module))
+        divided = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        axis = self.strategy.mesh
+        improve_collectives(divided, axis.group, self.strategy.device, axis.size // self.options.replicas)
+        for module in divided:
+            _keep_name(type(module))
         for parameter in before.values():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
