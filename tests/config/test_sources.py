@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from accel.config import CONFIG_VARIABLE, Config, default_path, read_file, relevant_variables, resolve
-from accel.config.sources import current
+from accel.config import CONFIG_VARIABLE, Config, current_config, default_path, read_file, relevant_variables, resolve
 from accel.errors import ConfigError
 
 
@@ -57,9 +56,9 @@ def test_a_file_can_be_named_by_a_variable(tmp_path: Path, environ: dict[str, st
         resolve(environ=environ)
     _write(tmp_path / "mine.yaml", "num_processes: 5")
     assert resolve(environ=environ).config.num_processes == 5
-    assert current(environ).num_processes == 1, "without a launcher there is one process"
+    assert current_config(environ).num_processes == 1, "without a launcher there is one process"
     _write(tmp_path / "mine.yaml", "data_seed: 5")
-    assert current(environ).data_seed == 5
+    assert current_config(environ).data_seed == 5
     environ["ACCEL_CONFIG_FILE"] = ""
     assert resolve(environ=environ).config == Config()
 
@@ -119,13 +118,13 @@ def test_variables_are_read_by_the_type_of_their_setting(environ: dict[str, str]
 def test_a_worker_takes_the_whole_config_of_its_launcher(environ: dict[str, str]) -> None:
     config = Config(num_processes=4, data_seed=7)
     environ |= {CONFIG_VARIABLE: config.dump(), "ACCEL_DATA_SEED": "8", "WORLD_SIZE": "2"}
-    assert current(environ) == config
+    assert current_config(environ) == config
 
 
 def test_a_process_started_by_another_launcher(environ: dict[str, str]) -> None:
-    assert current({**environ, "WORLD_SIZE": "4", "ACCEL_DATA_SEED": "8"}) == Config(num_processes=4, data_seed=8)
+    assert current_config({**environ, "WORLD_SIZE": "4", "ACCEL_DATA_SEED": "8"}) == Config(num_processes=4, data_seed=8)
     with pytest.raises(ConfigError, match=r"num_processes: expected int, got 'many' \(from environment WORLD_SIZE\)"):
-        current({**environ, "WORLD_SIZE": "many"})
+        current_config({**environ, "WORLD_SIZE": "many"})
 
 
 def test_what_looks_like_a_secret_is_not_reported() -> None:
