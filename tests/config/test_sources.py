@@ -122,7 +122,8 @@ def test_a_worker_takes_the_whole_config_of_its_launcher(environ: dict[str, str]
 
 
 def test_a_process_started_by_another_launcher(environ: dict[str, str]) -> None:
-    assert current_config({**environ, "WORLD_SIZE": "4", "ACCEL_DATA_SEED": "8"}) == Config(num_processes=4, data_seed=8)
+    environ |= {"WORLD_SIZE": "4", "ACCEL_DATA_SEED": "8"}
+    assert current_config(environ) == Config(num_processes=4, data_seed=8)
     with pytest.raises(ConfigError, match=r"num_processes: expected int, got 'many' \(from environment WORLD_SIZE\)"):
         current_config({**environ, "WORLD_SIZE": "many"})
 
