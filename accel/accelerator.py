@@ -248,10 +248,12 @@ class Accelerator(Training):
         for tracker in self.trackers.values():
             tracker.finish()
         self.trackers.clear()
-        self._checkpoints.wait()
-        self.wait_for_everyone()
-        self.free_memory()
-        leave()
+        try:
+            self._checkpoints.wait()
+        finally:
+            self.wait_for_everyone()
+            self.free_memory()
+            leave()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared, and give back the device's unused memory; returns a None for each object."""
