@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,24 +14,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from .config import Config
+from .config import Config, current_config
 from .errors import ConfigError, LaunchError, PrepareError
 from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
 from .plan import Plan
 from .runtime import collectives
-from .runtime.checkpoint import Checkpoints, Differences, State
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
 from .runtime.metrics import gather_for_metrics
-from .runtime.model import whole_state_dict
+from .runtime.saving import Saving
 from .runtime.scheduler import prepare_scheduler
-from .runtime.training import Training
 from .runtime.world import World, leave
-from .storage import FOLDER, parse_size
 
 
-class Accelerator(Training):
+class Accelerator(Saving):
     """Everything a process needs to take its part in a run.
 
     Accelerator()                          # what `accel launch` says, else the defaults
@@ -43,7 +39,7 @@ class Accelerator(Training):
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         self.world = World.from_environment()
-        self.config = (config or Config.current()).replace(**settings)
+        self.config = (config or current_config()).replace(**settings)
         self._check_world()
         self.plan = Plan.of(self.config)
         device = self.plan.find_device()
@@ -59,11 +55,7 @@ class Accelerator(Training):
             for axis, part in self.plan.strategies.items()
         ]
         self.trackers: dict[str, Tracker] = {}
-        self._loaders: list[PreparedLoader] = []
-        self._schedulers: list[LRScheduler] = []
-        self._registered: list[Any] = []
         self._trigger = False
-        self._checkpoints = self._make_checkpoints()
         super().__init__()
 
     def prepare(self, *objects: Any, device_placement: Any = None) -> Any:
@@ -94,6 +86,7 @@ class Accelerator(Training):
             config=self.config,
             group=lambda: data.group,
             active=self._active,
+            asked=self._boundaries.asked,
         )
         self._loaders.append(prepared)
         return prepared
@@ -135,90 +128,6 @@ class Accelerator(Training):
         """The user's own model. `prepare` works in place, so this is the model itself."""
         return model
 
-    def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The whole state of a model under the user's own names, as plain CPU tensors; all ranks."""
-        return whole_state_dict(model)
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Let `save_state` and `load_state` keep these objects too; each has `state_dict` and `load_state_dict`."""
-        for value in objects:
-            if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
-                raise PrepareError(
-                    f"register_for_checkpointing: expected an object with state_dict() and load_state_dict(), "
-                    f"got {type(value).__name__}"
-                )
-        self._registered.extend(objects)
-
-    def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool = True) -> str:
-        """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
-
-        Without a folder it is `project_dir/checkpoints/checkpoint_<n>`, and those beyond `total_limit` are deleted.
-        Each process writes what it holds. The folder appears whole or not at all: it is written aside, flushed,
-        and renamed into place. With `blocking=False` training goes on as soon as the state has been copied; what
-        goes wrong later is raised by the next call, or when the run ends. Raises CheckpointError on all ranks.
-        """
-        folder = None if output_dir is None else Path(output_dir)
-        return str(self._checkpoints.save(folder, self._state(), blocking))
-
-    def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str:
-        """Take over a checkpoint that `save_state` wrote; all ranks, with the same objects prepared.
-
-        Any strategy and number of processes will do. Without a folder it is the newest complete one under
-        `project_dir/checkpoints`; a warning tells which were passed over and why. Returns the folder. Raises
-        CheckpointError if it is missing, damaged, or belongs to other objects; with `strict=False`, parameters
-        that do not fit are left as they are, and a warning names them.
-        """
-        folder, skipped = self._checkpoints.load(None if input_dir is None else Path(input_dir), self._state(), strict)
-        for group, differences in skipped.items():
-            self._warn(f"load_state: left out of {folder}: {group}: {differences.describe()}")
-        return str(folder)
-
-    def save_model(
-        self,
-        model: nn.Module,
-        save_directory: str | os.PathLike[str],
-        max_shard_size: int | str = "5GB",
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write a model's weights as safetensors under the user's own names, as the Hugging Face tools do; all ranks.
-
-        `max_shard_size` is in bytes, or with a unit as in "500MB". Each process writes what it holds.
-        """
-        if not safe_serialization:
-            raise ConfigError("save_model: safe_serialization: False would write a pickle; it can only be True")
-        self._checkpoints.save_model(Path(save_directory), model, parse_size(max_shard_size))
-
-    def load_model(self, model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> Differences:
-        """Take over weights from a folder of safetensors, whoever wrote it, into a prepared model; all ranks.
-
-        Each process reads only its parts. Returns what did not fit; raises CheckpointError for it if `strict`.
-        """
-        differences = self._checkpoints.load_model(Path(directory), model, strict)
-        if differences:
-            self._warn(f"load_model: left out of {directory}: {differences.describe()}")
-        return differences
-
-    def _make_checkpoints(self) -> Checkpoints:
-        format = self.plan.checkpoint.plugin(self.plan.checkpoint.options)
-        home = Path(self.config.project_dir, FOLDER)
-        return Checkpoints(format, self.world, home, self.config.total_limit, self.config.timeout)
-
-    def _warn(self, text: str) -> None:
-        if self.is_main_process:
-            warnings.warn(text, stacklevel=3)
-
-    def _state(self) -> State:
-        return State(
-            models=[part.model for part in self._models],
-            optimizers=[part.optimizer for part in self._optimizers],
-            schedulers=self._schedulers,
-            loaders=self._loaders,
-            registered=self._registered,
-            precision=self.precision,
-            device=self.device,
-            config=self.config.values(),
-        )
-
     def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
         """Start the trackers that the config names; `config` holds the run's hyper-parameters.
 
@@ -245,20 +154,21 @@ class Accelerator(Training):
 
     def end_training(self) -> None:
         """Finish the trackers and leave the process group; all ranks. Happens by itself when the script ends."""
-        for tracker in self.trackers.values():
-            tracker.finish()
-        self.trackers.clear()
+        self._finish_trackers()
         try:
             self._checkpoints.wait()
         finally:
             self.wait_for_everyone()
             self.free_memory()
+            if self._preemption:
+                self._preemption.close()
             leave()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared, and give back the device's unused memory; returns a None for each object."""
         for known in (self._models, self._optimizers, self._schedulers, self._loaders, self._active, self._registered):
             known.clear()
+        self._boundaries.forget()
         self._replaced.clear()
         self._verified.clear()
         for strategy in self.strategies:

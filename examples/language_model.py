@@ -99,7 +99,7 @@ def parse_arguments():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--context", type=int, default=64, help="bytes that the model sees")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=16, help="windows in a step, over all processes")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--megabytes", type=float, default=4, help="how much source to read")

@@ -109,6 +109,24 @@ def test_backward_on_what_has_no_gradient_is_refused(loss):
         Accelerator().backward(loss)
 
 
+def unprepared_model():
+    accelerator = Accelerator()
+    with pytest.raises(PrepareError, match="backward: no model was prepared, so no gradients would be exchanged"):
+        accelerator.backward(Net()(torch.ones(1, 4)).sum())
+
+
+def test_training_apart_by_mistake_is_refused():
+    run(2, unprepared_model)
+
+
+@pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}, {"mixed_precision": "fp16"}], ids=str)
+def test_an_optimizer_left_out_is_refused_where_it_could_not_be_right(settings):
+    accelerator = Accelerator(device="cpu", **settings)
+    model = accelerator.prepare(Net())
+    with pytest.raises(PrepareError, match=r"backward: no optimizer was prepared.*call prepare\(optimizer\)"):
+        accelerator.backward(model(torch.ones(1, 4)).sum())
+
+
 def test_an_optimizer_over_strange_parameters_is_refused():
     accelerator = Accelerator()
     other = nn.Linear(2, 2)

@@ -6,14 +6,11 @@ import argparse
 import os
 import sys
 import typing
-from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config import Config, Setting, describe, resolve
+from ..config import Config, Setting, describe, load_value, parse_setting, resolve
 from ..errors import ConfigError
 from ..interfaces.launcher import Command
 from ..plan import Plan
@@ -56,6 +53,13 @@ def _add(parser: Any, name: str, **details: Any) -> None:
 
 def _add_setting(parser: argparse.ArgumentParser, setting: Setting) -> None:
     """Values are YAML, as in a file, so that `--strategy '{ddp: {bucket_size: 50}}'` works too."""
+
+    def read(text: str) -> Any:
+        return load_value(setting, text, f"flag --{setting.name}")
+
+    def read_all(text: str) -> list[Any]:
+        return [choice.dump() for choice in parse_setting(setting, read(text), setting.name)]
+
     details: dict[str, Any] = {"dest": setting.name, "help": setting.meaning.replace("%", "%%")}
     if setting.type is bool:
         details |= {"action": "store_const"}
@@ -63,27 +67,12 @@ def _add_setting(parser: argparse.ArgumentParser, setting: Setting) -> None:
         _add(parser, f"no_{setting.name}", **{**details, "help": f"Turns --{setting.name} off."}, const=False)
         return
     metavar = "NAME" if setting.plugin else setting.name.rpartition("_")[2].upper() if setting.type is str else "N"
-    details |= {"metavar": metavar, "type": str if setting.type is str else _yaml}
+    details |= {"metavar": metavar, "type": read}
     if typing.get_origin(setting.type) is tuple:
         _add(parser, str(setting.plugin), **details, action="append")
         also = "The same as a list, or as names with options: '{NAME: {size: 2}, NAME: {}}'."
-        details |= {"action": "extend", "type": _items, "metavar": "YAML", "help": also}
+        details |= {"action": "extend", "type": read_all, "metavar": "YAML", "help": also}
     _add(parser, setting.name, **details)
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"not valid YAML: {text!r}") from error
-
-
-def _items(text: str) -> list[Any]:
-    """A list, a mapping or one value, as a list."""
-    value = _yaml(text)
-    if isinstance(value, Mapping):
-        return [{name: options} for name, options in value.items()]
-    return value if isinstance(value, list) else [value]
 
 
 def flags(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import torch
 
 from .. import accelerator as core
 from .. import registry
-from ..config import Config
+from ..config import Config, current_config
+from ..config.translation import PluginOptions, Translation, add_options, combine
 from ..errors import ConfigError
 from .state import DistributedType
-from .translation import PluginOptions, Translation, add_options, combine
 
 
 class Accelerator(core.Accelerator):
@@ -57,7 +57,7 @@ class Accelerator(core.Accelerator):
             "fsdp_plugin": fsdp_plugin,
         }
         objects.update({f"kwargs_handlers[{i}]": handler for i, handler in enumerate(kwargs_handlers or ())})
-        super().__init__(translate(config or Config.current(), given, objects))
+        super().__init__(translate(config or current_config(), given, objects))
 
     @property
     def state(self) -> Accelerator:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from ..config.deepspeed import DeepSpeed
+from ..config.fsdp import FSDP
+from ..config.translation import PluginOptions, Translation, becomes, only
 from ..errors import ConfigError
-from .deepspeed import read_deepspeed, zero_strategy
-from .translation import PluginOptions, Translation, becomes, only
-
-_NO_OFFLOAD = "parameters and optimizer state stay on the device"
 
 
 @dataclass
@@ -59,88 +58,23 @@ class ProjectConfiguration(Translation):
 
 
 @dataclass
-class DeepSpeedPlugin(Translation):
+class DeepSpeedPlugin(DeepSpeed):
     """A DeepSpeed run, as accel's own strategy for the same ZeRO stage."""
 
-    hf_ds_config: Any = None
-    gradient_accumulation_steps: int | None = becomes("gradient_accumulation_steps")
-    gradient_clipping: float | str | None = only(
-        None, "call accelerator.clip_grad_norm_ before optimizer.step()", "auto"
-    )
-    zero_stage: int | None = None
     is_train_batch_min: bool = only(True, "a loader's own batch size counts", False)
-    offload_optimizer_device: str | None = only(None, _NO_OFFLOAD, "none")
-    offload_param_device: str | None = only(None, _NO_OFFLOAD, "none")
-    offload_optimizer_nvme_path: str | None = only(None, _NO_OFFLOAD, "none")
-    offload_param_nvme_path: str | None = only(None, _NO_OFFLOAD, "none")
-    zero3_init_flag: bool | None = only(None, "models are built whole, then prepared", False)
-    zero3_save_16bit_model: bool | None = only(None, "get_state_dict gives the master weights", False)
-    transformer_moe_cls_names: str | None = only(None, "which layers are experts is up to the strategy")
     enable_msamp: bool | None = only(None, "there is no MS-AMP precision", False)
     msamp_opt_level: str | None = only(None, "there is no MS-AMP precision")
 
-    def settings(self) -> dict[str, Any]:
-        """`{"strategies": {"zero2": {}}, ...}`; stage 0 is `ddp`, and stage 2 is the default."""
-        own, file = super().settings(), read_deepspeed(self.hf_ds_config)
-        if self.zero_stage is not None or "strategies" not in file:
-            own["strategies"] = zero_strategy(
-                2 if self.zero_stage is None else self.zero_stage, "DeepSpeedPlugin.zero_stage"
-            )
-        for key in own.keys() & file.keys():
-            if own[key] != file[key]:
-                raise ConfigError(
-                    f"DeepSpeedPlugin: {key} is {own[key]!r} by argument and {file[key]!r} by hf_ds_config; keep one"
-                )
-        return {**file, **own}
-
 
 @dataclass
-class FullyShardedDataParallelPlugin(Translation):
+class FullyShardedDataParallelPlugin(FSDP):
     """A run of torch's FSDP, as accel's strategy that shards as much."""
 
-    fsdp_version: int = only(2, "both versions' ways to shard are strategies here", 1)
-    sharding_strategy: Any = None
-    reshard_after_forward: Any = None
-    backward_prefetch: Any = only(None, "the strategy decides when to fetch parameters")
     mixed_precision_policy: Any = only(None, "say mixed_precision instead")
-    auto_wrap_policy: Any = only(None, "the strategy decides what is gathered together")
-    cpu_offload: Any = only(False, _NO_OFFLOAD, None)
-    ignored_modules: Any = only(None, "all of a prepared model is sharded")
-    state_dict_type: Any = only(None, "get_state_dict gives whole tensors, and save_state decides for itself")
     state_dict_config: Any = only(None, "get_state_dict gives whole tensors, and save_state decides for itself")
     optim_state_dict_config: Any = only(None, "save_state decides for itself")
     limit_all_gathers: bool = only(True, "the strategy decides when to fetch parameters")
-    use_orig_params: bool | None = only(None, "parameters keep their names", True)
     param_init_fn: Any = only(None, "models are built whole, then prepared")
-    sync_module_states: bool | None = only(None, "weights are always broadcast from process 0", True)
-    forward_prefetch: bool | None = only(None, "the strategy decides when to fetch parameters", False)
-    activation_checkpointing: bool | None = only(None, "use torch.utils.checkpoint in the model", False)
-    cpu_ram_efficient_loading: bool | None = only(None, "models are built whole, then prepared", False)
-    transformer_cls_names_to_wrap: Any = only(None, "the strategy decides what is gathered together")
-    min_num_params: int | None = only(None, "the strategy decides what is gathered together")
-
-    def settings(self) -> dict[str, Any]:
-        """`{"strategies": {"zero3": {}}}` where parameters are freed after forward, else `zero2`; NO_SHARD is `ddp`."""
-        asked = self.reshard_after_forward if self.sharding_strategy is None else self.sharding_strategy
-        names = {
-            "FULL_SHARD": 3,
-            "1": 3,
-            "TRUE": 3,
-            "NONE": 3,
-            "SHARD_GRAD_OP": 2,
-            "2": 2,
-            "FALSE": 2,
-            "NO_SHARD": 0,
-            "3": 0,
-        }
-        name = str(getattr(asked, "name", asked)).upper()
-        if name not in names:
-            raise ConfigError(
-                f"FullyShardedDataParallelPlugin.sharding_strategy: {asked!r} cannot be honoured; "
-                "FULL_SHARD, SHARD_GRAD_OP and NO_SHARD can"
-            )
-        where = "FullyShardedDataParallelPlugin.sharding_strategy"
-        return super().settings() | {"strategies": zero_strategy(names[name], where)}
 
 
 @dataclass

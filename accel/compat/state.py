@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from torch.distributed import ProcessGroup
 
-from ..config import Config
+from ..config import current_config
 from ..plan import Plan
 from ..runtime.process import Process
 from ..runtime.world import World, leave
@@ -39,7 +39,7 @@ class PartialState(Process):
 
     def __init__(self, cpu: bool = False) -> None:
         self.world = World.from_environment()
-        config = Config.current()
+        config = current_config()
         device = Plan.of(config.replace(device="cpu") if cpu else config).find_device().plugin()
         self.device = device.select(self.world.local_rank)
         if self.world.size > 1:

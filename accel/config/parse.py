@@ -92,7 +92,7 @@ def parse_dataclass(cls: type, values: Any, path: str = "") -> Any:
     for name, value in values.items():
         where = f"{path}.{name}" if path else str(name)
         if name not in known:
-            raise ConfigError(f"{where}: no such setting; {_suggest(str(name), list(known))}")
+            raise ConfigError(f"{where}: no such setting; {suggest(str(name), list(known))}")
         parsed[name] = parse_setting(known[name], value, where)
     for name in known.keys() - parsed.keys():
         if known[name].required:
@@ -133,7 +133,8 @@ def type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, else all of them."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +60,15 @@ class Config:
     launcher: Choice = setting(Choice(name="local"), plugin="launcher")
     """What starts the worker processes."""
 
+    max_restarts: int = setting(0, minimum=0)
+    """Times that `accel launch` starts the workers again, after one failed or all have saved on a signal."""
+
+    save_on_signal: bool = False
+    """On SIGTERM or SIGUSR1 to any process, all save at the same step and exit with code 75."""
+
+    time_limit: float | None = setting(None, minimum=0)
+    """Seconds after which all processes save at the same step and exit with code 75."""
+
     threads_per_process: int | None = setting(None, minimum=1)
     """CPU threads of each process; by default the machine's cores divided among its processes."""
 
@@ -81,13 +89,6 @@ class Config:
         """Make a config from plain YAML values; raises ConfigError with the path of what is wrong."""
         config: Config = parse_dataclass(cls, values)
         return config
-
-    @classmethod
-    def current(cls) -> Config:
-        """The config of this process: what `accel launch` handed over, else the environment and the defaults."""
-        from .sources import current  # sources layers values into this class, so it stands above
-
-        return current(os.environ)
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some settings changed, given as in YAML."""

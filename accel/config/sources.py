@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .foreign import is_foreign, translate
 from .parse import describe
 from .settings import Config
 from .text import load, load_value
@@ -53,7 +54,10 @@ def default_path(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def read_file(path: Path | str) -> dict[str, Any]:
-    """The plain values in a YAML file. Raises ConfigError if it cannot be read or is not a mapping."""
+    """The plain values in a YAML file, one that `accelerate config` wrote too.
+
+    Raises ConfigError if it cannot be read or is not a mapping, or says in other words what cannot be honoured.
+    """
     try:
         text = Path(path).read_text("utf-8")
     except FileNotFoundError:
@@ -63,7 +67,12 @@ def read_file(path: Path | str) -> dict[str, Any]:
     values = load(text, str(path))
     if not isinstance(values, Mapping) and values is not None:
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}: {values!r:.60}")
-    return dict(values or {})
+    if not values or not is_foreign(values):
+        return dict(values or {})
+    try:
+        return translate(values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (from {path})") from None
 
 
 def resolve(
@@ -83,8 +92,8 @@ def resolve(
     return _resolve_layers(layers)
 
 
-def current(environ: Mapping[str, str]) -> Config:
-    """The config of a worker process: a launcher's, else file and environment as far as they are named."""
+def current_config(environ: Mapping[str, str] = os.environ) -> Config:
+    """The config of this process: what a launcher handed over, else file and environment as far as they are named."""
     if text := environ.get(CONFIG_VARIABLE):
         return Config.parse(load(text, f"environment {CONFIG_VARIABLE}"))
     layers: list[tuple[str, Mapping[str, Any]]] = []

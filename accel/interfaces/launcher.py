@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from ..config import Config
 
 
+PREEMPTED = 75
+"""Exit code of a worker that has saved and stopped, on a signal or at the time limit: EX_TEMPFAIL of sysexits.h."""
+
+
 @dataclass(frozen=True)
 class Command:
     """What each worker runs: `python target arguments`, or `python -m target arguments`."""

@@ -13,9 +13,10 @@ import importlib
 import os
 import signal
 import sys
+import time
 from typing import NoReturn
 
-from ..config import Config
+from ..config import CONFIG_VARIABLE, Config, current_config
 from ..errors import AccelError
 from ..plan import Plan
 from . import environment, failures, signals
@@ -31,7 +32,7 @@ def main() -> NoReturn:
     launcher, job = int(sys.argv[1]), Job.load(sys.argv[2])
     signals.release(signal.SIG_DFL)
     try:
-        code = run(job, Config.current(), launcher)
+        code = run(job, current_config(), launcher)
     except AccelError as error:
         print(f"accel: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
@@ -40,28 +41,53 @@ def main() -> NoReturn:
 
 
 def run(job: Job, config: Config, launcher: int) -> int:
-    """Start the workers, wait for them, tell of a failure. Returns the exit code of the run."""
-    rendezvous = Rendezvous(config)
+    """Start the workers, wait for them, tell of a failure, and start them again as often as the config says.
+
+    Returns the exit code of the run.
+    """
+    started, rendezvous = time.monotonic(), Rendezvous(config)
     forks = _warm_up(job, config)
     if os.getppid() != launcher:
         return 128 + signal.SIGTERM  # it ended meanwhile: nobody is left to run this for
     os.environ[STORE_VARIABLE] = "True"
-    output = Prefixed() if job.prefix else None
     with signals.held():
         signals.adopt_orphans()
-        supervisor = Supervisor(_make_workers(Maker(job, config, rendezvous), forks, output), launcher, job.grace)
-        if output:
-            output.start()
-        if job.preload:
-            rendezvous.serve()
-        code = supervisor.wait(rendezvous.serve_if_asked)
-        if code == 0 and config.num_machines > 1:
-            rendezvous.part(config, job.timeout, lambda: supervisor.interrupted)
+        code, stopped = _attempt(job, config, launcher, rendezvous, forks)
+        for attempt in range(2, config.max_restarts + 2):
+            late = config.time_limit is not None and time.monotonic() - started >= config.time_limit
+            if code == 0 or stopped or late:
+                break
+            print(f"accel: attempt {attempt} of {config.max_restarts + 1}", file=sys.stderr, flush=True)
+            rendezvous.close()  # a new one for each attempt: what the last one left in its store would mislead
+            rendezvous = Rendezvous(config)
+            code, stopped = _attempt(job, _with_time_left(config, started), launcher, rendezvous, forks)
+    return code
+
+
+def _attempt(job: Job, config: Config, launcher: int, rendezvous: Rendezvous, forks: bool) -> tuple[int, bool]:
+    """Run the workers once. Returns the exit code, and whether someone has asked for the end of the run."""
+    output = Prefixed() if job.prefix else None
+    supervisor = Supervisor(_make_workers(Maker(job, config, rendezvous), forks, output), launcher, job.grace)
+    if output:
+        output.start()
+    if job.preload:
+        rendezvous.serve()
+    code = supervisor.wait(rendezvous.serve_if_asked)
+    if code == 0 and config.num_machines > 1:
+        rendezvous.part(config, job.timeout, lambda: supervisor.interrupted)
     if output:
         output.finish(job.grace)
     if supervisor.failures:
         print(failures.report(supervisor.failures, config.num_processes, supervisor.finished), end="", file=sys.stderr)
-    return code
+    return code, supervisor.interrupted
+
+
+def _with_time_left(config: Config, started: float) -> Config:
+    """The config of a further attempt, whose workers are told of it by the environment."""
+    if config.time_limit is not None:
+        config = config.replace(time_limit=max(config.time_limit - (time.monotonic() - started), 0))
+        os.environ[CONFIG_VARIABLE] = environment.handed_over(config)
+    return config
 
 
 def _warm_up(job: Job, config: Config) -> bool:

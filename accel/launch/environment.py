@@ -25,10 +25,15 @@ def changes(plan: Plan) -> dict[str, str]:
     defaults = {"OMP_NUM_THREADS": str(max(cores() // plan.processes_per_machine, 1))}
     if plan.device is None or plan.device.plugin.type == "cpu":
         defaults |= ALLOCATOR
-    asked = {CONFIG_VARIABLE: json.dumps(plan.config.values())}  # on one line, and YAML too
+    asked = {CONFIG_VARIABLE: handed_over(plan.config)}
     if plan.config.threads_per_process:
         asked["OMP_NUM_THREADS"] = str(plan.config.threads_per_process)
     return {name: value for name, value in defaults.items() if name not in os.environ} | asked
+
+
+def handed_over(config: Config) -> str:
+    """A config as workers find it: JSON, which is on one line, and YAML too."""
+    return json.dumps(config.values())
 
 
 def local_size(config: Config) -> int:

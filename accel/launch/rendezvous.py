@@ -69,6 +69,11 @@ class Rendezvous:
             if interrupted():
                 return
 
+    def close(self) -> None:
+        """Stop listening and serving; the store's threads end with it."""
+        self._store = None
+        self.leave()
+
     def leave(self) -> None:
         """Close what a forked worker inherits of this."""
         if self._socket:

@@ -22,6 +22,9 @@ from types import FrameType
 ENDING = (Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP)
 """Signals that ask a run to end."""
 
+NOTICES = (Signals.SIGUSR1,)
+"""Signals that tell workers something; they are passed on, and a worker that does not listen dies of them."""
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SI_KERNEL = 0x80  # asm-generic/siginfo.h
 
@@ -64,7 +67,7 @@ def release(interrupt: Callable[[int, FrameType | None], object] | int = signal.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, *NOTICES, signal.SIGCHLD})
 
 
 def die_with_parent(parent: int) -> None:
@@ -95,7 +98,7 @@ def end_orphans(seconds: float) -> None:
 
 
 def _events() -> set[Signals]:
-    return {s for s in (*ENDING, Signals.SIGCHLD) if signal.getsignal(s) != signal.SIG_IGN}
+    return {s for s in (*ENDING, *NOTICES, Signals.SIGCHLD) if signal.getsignal(s) != signal.SIG_IGN}
 
 
 def _reap_any() -> bool:

@@ -19,7 +19,7 @@ def run(job: Job, plan: Plan) -> int:
         agent = subprocess.Popen(command, env={**os.environ, **environment.changes(plan)})
         while (status := agent.poll()) is None:
             event = signals.next_event(1.0)
-            if event and event.signal in signals.ENDING and not event.from_terminal:
+            if event and event.signal in (*signals.ENDING, *signals.NOTICES) and not event.from_terminal:
                 agent.send_signal(event.signal)
     if status < 0 and -status not in signals.ENDING:
         print(f"accel: the agent, which runs the workers, was killed by {Signals(-status).name}", file=sys.stderr)

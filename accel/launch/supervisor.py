@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from signal import Signals
 
+from ..interfaces.launcher import PREEMPTED
 from . import failures, signals
 from .failures import Failure
 from .workers import Worker
@@ -37,7 +38,7 @@ class Supervisor:
         """When to send which signal to the workers that are left."""
 
     def wait(self, each_tick: Callable[[], object]) -> int:
-        """Wait until no worker is left. Returns the exit code of the run."""
+        """Wait until no worker is left. Returns the exit code of the run: PREEMPTED if all saved and stopped."""
         while any(worker.status is None for worker in self.workers.values()):
             self._take(signals.next_event(TICK))
             self._reap()
@@ -46,9 +47,12 @@ class Supervisor:
             each_tick()
         if self._asked or self._orphaned or self.failures:
             signals.end_orphans(self.grace)
+        statuses = {worker.status or 0 for worker in self.workers.values()}
+        if statuses == {PREEMPTED}:
+            return PREEMPTED
         if self._asked:
             return 128 + self._asked
-        return failures.culprit(self.failures).exit_code if self.failures else 0
+        return failures.culprit(self.failures).exit_code if self.failures else max(statuses)
 
     @property
     def interrupted(self) -> bool:
@@ -57,7 +61,9 @@ class Supervisor:
         return self._asked is not None or os.getppid() != self.launcher
 
     def _take(self, event: signals.Event | None) -> None:
-        """Pass a request to end on to the workers. Only Ctrl-C has a deadline: who sends SIGTERM follows it up."""
+        """Pass a signal on to the workers. Only Ctrl-C has a deadline: who sends SIGTERM follows it up."""
+        if event and event.signal in signals.NOTICES:
+            self._send(event.signal)
         if event is None or event.signal not in signals.ENDING:
             return
         self._asked, now = event.signal, time.monotonic()
@@ -79,7 +85,7 @@ class Supervisor:
             self._end(now)
         if self._asked or self._orphaned or now > self._settled:
             return
-        self.failures = [f for w in self.workers.values() if (f := w.failure)]
+        self.failures = [f for w in self.workers.values() if (f := w.failure) and f.status != PREEMPTED]
         self.finished = [w.rank for w in self.workers.values() if w.status == 0]
         if self.failures and self._settled == math.inf:
             self._settled = now + SETTLE
@@ -90,6 +96,8 @@ class Supervisor:
 
     def _send_due(self) -> None:
         while self._due and time.monotonic() >= self._due[0][0]:
-            _, number = self._due.pop(0)
-            for worker in self.workers.values():
-                worker.send(number)
+            self._send(self._due.pop(0)[1])
+
+    def _send(self, number: Signals) -> None:
+        for worker in self.workers.values():
+            worker.send(number)

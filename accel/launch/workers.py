@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from signal import Signals
 from typing import NoReturn
 
-from ..config import Config
+from ..config import Config, current_config
 from . import environment, signals, worker
 from .failures import Failure
 from .job import Job, python
@@ -85,7 +85,7 @@ def main() -> NoReturn:
     """Be a worker in a new python; `sys.argv` says which."""
     agent, local_rank, report = map(int, sys.argv[1:4])
     os.set_inheritable(report, False)
-    _be_worker(Job.load(sys.argv[4]), Config.current(), local_rank, report, agent)
+    _be_worker(Job.load(sys.argv[4]), current_config(), local_rank, report, agent)
 
 
 def _be_worker(job: Job, config: Config, local_rank: int, report: int, agent: int) -> NoReturn:

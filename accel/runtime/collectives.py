@@ -34,7 +34,7 @@ def gather(value: Any, group: ProcessGroup | None) -> Any:
     [B, ...] on each of n ranks -> [n * B, ...] on all. Raises CollectiveError where shapes or dtypes differ.
     """
     value = map_tensors(_whole, value)
-    _agree("gather", value, group, lambda t: (tuple(t.shape), t.dtype))
+    _agree("gather", value, group, _shape_and_dtype)
     return map_tensors(lambda t: torch.cat(_all_gather(_vector(t), group)), value)
 
 
@@ -48,7 +48,7 @@ def gather_counted(value: Any, counts: Sequence[int], group: ProcessGroup | None
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     value = map_tensors(lambda t: _vector(_whole(t)), value)
-    _agree("gather_for_metrics", value, group, lambda t: (tuple(t.shape[1:]), t.dtype))
+    _agree("gather_for_metrics", value, group, lambda t: f"rows of {list(t.shape[1:])} {t.dtype}")
     return map_tensors(collect, value)
 
 
@@ -67,7 +67,7 @@ def reduce(
         return result if factor == 1.0 else result * factor
 
     value = map_tensors(_whole, value)
-    _agree("reduce", value, group, lambda t: (tuple(t.shape), t.dtype))
+    _agree("reduce", value, group, _shape_and_dtype)
     return map_tensors(combine, value)
 
 
@@ -82,9 +82,9 @@ def pad_across_processes(
         sizes = gather_object(tensor.shape[dim], group)
         return _padded(tensor, dim, max(sizes), pad_index, pad_first)
 
-    def shape(tensor: Tensor) -> Any:
-        others = [size for place, size in enumerate(tensor.shape) if place != dim % max(tensor.dim(), 1)]
-        return tensor.dim(), others, tensor.dtype
+    def shape(tensor: Tensor) -> str:
+        shape = ["*" if place == dim % tensor.dim() else str(size) for place, size in enumerate(tensor.shape)]
+        return f"[{', '.join(shape)}] {tensor.dtype}"
 
     _agree("pad_across_processes", value, group, shape)
     return map_tensors(pad, value)
@@ -99,7 +99,7 @@ def broadcast(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
             dist.broadcast(result, group=group, group_src=source)
         return result
 
-    _agree("broadcast", value, group, lambda t: (tuple(t.shape), t.dtype))
+    _agree("broadcast", value, group, _shape_and_dtype)
     return map_tensors(send, value)
 
 
@@ -127,9 +127,9 @@ def broadcast_object(value: T, group: ProcessGroup | None, source: int = 0) -> T
     return box[0]  # type: ignore[no-any-return]
 
 
-def _agree(call: str, value: Any, group: ProcessGroup | None, facts: Callable[[Tensor], Any]) -> None:
+def _agree(call: str, value: Any, group: ProcessGroup | None, facts: Callable[[Tensor], str]) -> None:
     """Raise CollectiveError on every rank, with what each brought, unless the facts of all tensors are the same."""
-    brought = [f"{path}: {facts(tensor)}" for path, tensor in tensors(value)]
+    brought = [f"{path} {facts(tensor)}".lstrip() for path, tensor in tensors(value)]
     if not brought:
         raise CollectiveError(f"{call}: expected tensors, or containers of them, got {type(value).__name__}")
     if group is None:
@@ -139,6 +139,10 @@ def _agree(call: str, value: Any, group: ProcessGroup | None, facts: Callable[[T
     if len({int(c) for c in torch.cat(_all_gather(checksum, group)).tolist()}) > 1:
         each = "; ".join(f"rank {rank} has {', '.join(b)}" for rank, b in enumerate(gather_object(brought, group)))
         raise CollectiveError(f"{call}: the processes brought different tensors: {each}")
+
+
+def _shape_and_dtype(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
 
 
 def _all_gather(tensor: Tensor, group: ProcessGroup | None) -> list[Tensor]:

@@ -66,6 +66,15 @@ class ExplicitWindow(Window):
         """Whether the micro-batch under way closes the window."""
         return self.closes_with(self.held)
 
+    @property
+    def open(self) -> bool:
+        """Whether micro-batches were counted that no step has used."""
+        return self.held > 0 and not self._closed
+
+    def abandon(self) -> None:
+        """Forget the window under way."""
+        self._closed = True
+
     def enter(self) -> bool:
         """A micro-batch begins; returns whether a window begins with it."""
         if self._closed:

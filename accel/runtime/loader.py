@@ -78,7 +78,8 @@ class PreparedLoader(DataLoader[Any]):
 
     What is not defined here (`dataset`, `batch_size`, `sampler`, ...) is the user's loader's. All processes of the
     data axis iterate alike. `size` is how many they are and `index` which of them this is; `group` gives their
-    process group, which only `dispatch_batches` needs. While it is iterated the loader is in the stack `active`.
+    process group, which only `dispatch_batches` needs. While it is iterated the loader is in the stack `active`, and
+    each time that the loop asks for a batch, `asked` is called with it first.
 
     Raises PrepareError for a loader whose batches cannot be divided: see `refuse`.
     """
@@ -95,6 +96,7 @@ class PreparedLoader(DataLoader[Any]):
         config: Config | None = None,
         group: Callable[[], ProcessGroup] | None = None,
         active: list[PreparedLoader] | None = None,
+        asked: Callable[[PreparedLoader], None] | None = None,
     ) -> None:
         refuse(loader)
         if not loader.in_order and loader.num_workers and index == 0:
@@ -104,6 +106,7 @@ class PreparedLoader(DataLoader[Any]):
         self._config, self._device, self._size, self._index = config, device, size, index
         self._group = group if config.dispatch_batches and size > 1 else None
         self._active: list[PreparedLoader] = [] if active is None else active
+        self._asked = asked or (lambda loader: None)
         self._cut = Cut.of(loader, size, config.split_batches)
         iterable = isinstance(loader.dataset, IterableDataset)
         self._order = None if iterable else Order(loader, self._cut)
@@ -118,9 +121,11 @@ class PreparedLoader(DataLoader[Any]):
         start = position.begin(skip)
         self._active.append(self)
         try:
+            self._asked(self)
             for share, batch in moved(self._read(start), self._device):
                 position.advance(share)
                 yield batch
+                self._asked(self)
             position.rewind()
         finally:
             position.share = None
@@ -135,6 +140,11 @@ class PreparedLoader(DataLoader[Any]):
         if name == "base_dataloader":  # not there yet: a copy is being made
             raise AttributeError(name)
         return getattr(self.base_dataloader, name)
+
+    @property
+    def position(self) -> object:
+        """What a loader and the views of it that `skip_first_batches` makes have in common, and no other loader."""
+        return self._position
 
     @property
     def epoch(self) -> int:

@@ -56,7 +56,8 @@ def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return items
     if isinstance(value, MutableMapping):  # a shallow copy keeps what the type knows besides its items
         result = copy.copy(value)
-        result.update(items)
+        for key, item in items.items():  # not `update`, which some types refuse
+            result[key] = item
         return result
     return type(value)(items)  # type: ignore[call-arg]
 

@@ -100,6 +100,12 @@ class OptimizerPart(Part):
         self.after_step(self)
         return result
 
+    def abandon(self) -> None:
+        """Forget the window under way, with its gradients."""
+        self.window.restart()
+        self.open, self.spent = False, True
+        self.zero_grad_if_open(set_to_none=True)
+
     def zero_grad_if_open(self, set_to_none: bool) -> None:
         """What `optimizer.zero_grad()` does: nothing while a window is under way."""
         if not self.open:

@@ -32,8 +32,8 @@ def accept_whole_model_states(model: nn.Module) -> None:
     """Let `model.load_state_dict` take whole tensors, and keep what `model.state_dict` gives from being pickled."""
     for module in model.modules():
         if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
-            module.register_load_state_dict_pre_hook(_divide_model_state)
-            module.register_state_dict_post_hook(_guard_model_state)
+            module.register_load_state_dict_pre_hook(_divide_model_state)  # type: ignore[no-untyped-call]
+            module.register_state_dict_post_hook(_guard_model_state)  # type: ignore[no-untyped-call]
 
 
 def accept_whole_optimizer_states(optimizer: Optimizer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
+from .boundary import Boundaries
 from .gradients import ExplicitWindow
 from .loader import PreparedLoader
 from .model import ModelPart, model_part, prepare_model, rebind
@@ -30,12 +31,31 @@ class Training(Process):
 
     def __init__(self) -> None:
         self._active: list[PreparedLoader] = []
+        self._loaders: list[PreparedLoader] = []
         self._window = ExplicitWindow(self.config.gradient_accumulation_steps, self._active)
         self._models: list[ModelPart] = []
         self._optimizers: list[OptimizerPart] = []
         self._replaced: dict[int, nn.Parameter] = {}
         self._verified: dict[int, int] = {}
         self._closing = self._window.length == 1
+        self._boundaries = Boundaries(
+            self._active, self._loaders, self.device, self._window_open, self._reached(), self._window.length > 1
+        )
+
+    def _reached(self) -> Callable[[], None] | None:
+        """What is to be called at each step boundary."""
+        return None
+
+    def _window_open(self) -> bool:
+        """Whether gradients of a started accumulation window wait for their step."""
+        return self._window.open or any(part.window.held for part in self._optimizers)
+
+    def _abandon_windows(self) -> None:
+        """Forget started windows: weights and data go on from elsewhere."""
+        self._window.abandon()
+        for part in self._optimizers:
+            part.abandon()
+        self._boundaries.forget()
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
@@ -121,6 +141,7 @@ class Training(Process):
                 "torch.no_grad(), from detached tensors, or from frozen parameters only"
             )
         if self._must_watch:
+            self._require_prepared()
             self._settle_models("backward")
         if self.precision.scales_loss and any(part.unscaled for part in self._optimizers):
             raise PrepareError(
@@ -180,6 +201,20 @@ class Training(Process):
         if self._window.inside:
             return weight / self._window.planned
         return weight / max((part.planned for part in self._optimizers), default=1)
+
+    def _require_prepared(self) -> None:
+        """Raise PrepareError if nobody would exchange these gradients, or undo what is done to the loss."""
+        if not self._models:
+            raise PrepareError(
+                "backward: no model was prepared, so no gradients would be exchanged; call prepare(model)"
+            )
+        if self._optimizers or (self._window.length == 1 and not self.precision.scales_loss):
+            return
+        raise PrepareError(
+            f"backward: no optimizer was prepared, but gradient_accumulation_steps: {self._window.length} and "
+            f"mixed_precision: {self.config.mixed_precision.name} change when and how it must step; "
+            "call prepare(optimizer)"
+        )
 
     def _closes(self) -> bool:
         """Whether the window ends with this micro-batch."""
@@ -247,6 +282,7 @@ class Training(Process):
             self._settle_models("optimizer.step()")
 
     def _after_step(self, part: OptimizerPart) -> None:
+        self._boundaries.stepped()
         for strategy in self.strategies:
             for model in self._models:
                 strategy.after_step(model.model)

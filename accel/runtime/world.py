@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import HashStore, ProcessGroup  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..errors import LaunchError
+
+_stores = itertools.count()
+"""Numbers the stores that were asked for, alike on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class World:
         else:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout))
         atexit.register(leave)
+
+    def store(self, purpose: str) -> Store:
+        """A connection of its own to the store where the processes met, with keys of its own; after `connect`."""
+        return PrefixStore(f"accel/{purpose}/{next(_stores)}", _get_default_store().clone())  # type: ignore[attr-defined]
 
     def group(self) -> ProcessGroup | None:
         """All processes; None if there is only this one."""

@@ -33,20 +33,17 @@ class Averaging(Strategy):
             p.grad = mean.view_as(p) if share else None
 
 
-class PureBF16(Precision):
-    """Weights, arithmetic and optimizer state in bfloat16: half the memory, some accuracy."""
+class LeanBF16(Precision):
+    """bfloat16 arithmetic that keeps no bfloat16 copies of the weights: less memory, more work."""
 
     dtype = "bfloat16"
-
-    def convert(self, model):
-        import torch
-
-        return model.to(torch.bfloat16)
 
     def forward(self):
         import torch
 
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def output(self, value):
-        return value.float()
+        from accel.runtime.nested import map_tensors
+
+        return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, value)

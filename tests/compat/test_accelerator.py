@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from accel import Accelerator, Config, ConfigError, DistributedType, PartialState
+from accel.config import current_config
 from accel.testing import run
 
 
@@ -30,7 +31,7 @@ from accel.testing import run
     ],
 )
 def test_arguments(arguments: dict[str, Any], settings: dict[str, Any]) -> None:
-    assert Accelerator(**arguments).config == Config.current().replace(**settings)
+    assert Accelerator(**arguments).config == current_config().replace(**settings)
 
 
 def test_arguments_come_over_a_config() -> None:

@@ -26,7 +26,7 @@ from accel import (
     ProjectConfiguration,
 )
 from accel.compat.accelerator import translate
-from accel.compat.translation import Translation, combine
+from accel.config.translation import Translation, combine
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,14 @@ from accel.compat.translation import Translation, combine
         (FullyShardedDataParallelPlugin(sharding_strategy="SHARD_GRAD_OP"), {"strategies": {"zero2": {}}}),
         (FullyShardedDataParallelPlugin(reshard_after_forward=False), {"strategies": {"zero2": {}}}),
         (FullyShardedDataParallelPlugin(sharding_strategy="NO_SHARD"), {"strategies": {"ddp": {}}}),
+        (
+            FullyShardedDataParallelPlugin(cpu_offload=True, activation_checkpointing=True),
+            {"strategies": {"zero3": {"offload": "cpu", "activation_checkpointing": "full"}}},
+        ),
+        (
+            DeepSpeedPlugin(zero_stage=3, offload_param_device="cpu", gradient_accumulation_steps="auto"),
+            {"strategies": {"zero3": {"offload": "cpu"}}},
+        ),
         (GradientAccumulationPlugin(num_steps=3), {"gradient_accumulation_steps": 3}),
         (GradientAccumulationPlugin(), {}),
         (DataLoaderConfiguration(), {}),
@@ -69,13 +77,20 @@ def test_settings(given: Translation, settings: dict[str, Any]) -> None:
     [
         (DeepSpeedPlugin(zero_stage=4), "DeepSpeedPlugin.zero_stage: must be 0, 1, 2 or 3, got 4"),
         (DeepSpeedPlugin(gradient_clipping=1.0), "DeepSpeedPlugin.gradient_clipping: 1.0 cannot.*clip_grad_norm_"),
-        (DeepSpeedPlugin(offload_optimizer_device="cpu"), "DeepSpeedPlugin.offload_optimizer_device: 'cpu' cannot"),
+        (DeepSpeedPlugin(offload_optimizer_device="nvme"), "DeepSpeedPlugin.offload_optimizer_device: 'nvme' cannot"),
         (
             DeepSpeedPlugin(zero_stage=2, hf_ds_config={"zero_optimization": {"stage": 3}}),
-            "strategies is {'zero2': {}} by argument and {'zero3': {}} by hf_ds_config",
+            "{'zero2': {}} from DeepSpeedPlugin contradicts {'zero3': {}} from DeepSpeedPlugin.hf_ds_config",
         ),
         (FullyShardedDataParallelPlugin(sharding_strategy="HYBRID_SHARD"), "sharding_strategy: 'HYBRID_SHARD' cannot"),
-        (FullyShardedDataParallelPlugin(cpu_offload=True), "FullyShardedDataParallelPlugin.cpu_offload: True cannot"),
+        (
+            FullyShardedDataParallelPlugin(cpu_offload="disk"),
+            "FullyShardedDataParallelPlugin.cpu_offload: 'disk' cannot",
+        ),
+        (
+            FullyShardedDataParallelPlugin(sharding_strategy="FULL_SHARD", reshard_after_forward=False),
+            "sharding_strategy: 'FULL_SHARD' contradicts .*reshard_after_forward: False; keep one",
+        ),
         (GradientAccumulationPlugin(sync_with_dataloader=False), "sync_with_dataloader: False cannot be honoured"),
         (ProjectConfiguration(project_dir="a", logging_dir="b"), "ProjectConfiguration.logging_dir: 'b' cannot differ"),
         (ProjectConfiguration(iteration=3), "ProjectConfiguration.iteration: 3 cannot"),
@@ -158,8 +173,8 @@ def test_foreign_objects_are_refused(value: Any) -> None:
 
 
 def test_a_strategy_that_is_not_installed_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"strategies: no strategy named 'zero3' is installed; there are: .*ddp"):
-        accel.Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
+    with pytest.raises(ConfigError, match=r"strategies: no strategy named 'zero4' is installed; there are: .*ddp"):
+        accel.Accelerator(strategies="zero4")
 
 
 def test_importing_names_costs_no_torch() -> None:

@@ -22,9 +22,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "pure_bf16"])
-def test_trains_with_both(installed: Path, processes: int, precision: str) -> None:
-    flags = ("--cpu", "--num_processes", str(processes), "--strategy", "averaging", "--mixed_precision", precision)
+def test_trains_with_both(installed: Path, processes: int) -> None:
+    flags = ("--cpu", "--num_processes", str(processes), "--strategy", "averaging", "--mixed_precision", "lean_bf16")
     done = run("accel", "launch", *flags, "examples/image_classification.py", "--epochs", "4", path=installed)
     assert accuracy(done.stdout) >= 0.85
 
@@ -39,9 +38,15 @@ def test_trains_as_ddp_does(installed: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize(("kind", "name"), [("strategy", "averaging"), ("precision", "lean_bf16")])
+def test_keeps_the_contracts_of_its_kind(installed: Path, kind: str, name: str) -> None:
+    done = run("accel", "test", kind, name, path=installed)
+    assert re.search(r"^\d+ ok", done.stdout, re.M), done.stdout
+
+
 def test_is_listed_with_its_package(installed: Path) -> None:
     listed = run("accel", "plugins", path=installed).stdout
-    for name, meaning in {"averaging": "Averages all gradients in one message", "pure_bf16": "half the memory"}.items():
+    for name, meaning in {"averaging": "Averages all gradients in one message", "lean_bf16": "less memory"}.items():
         (line,) = [line for line in listed.splitlines() if f" {name} " in line]
         assert "accel-example-plugins" in line
         assert meaning in line

@@ -35,7 +35,11 @@ class Launch:
         return path
 
     def start(
-        self, *arguments: str | Path, env: dict[str, str] | None = None, stdin: Path = Path(os.devnull)
+        self,
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        stdin: Path = Path(os.devnull),
+        start_new_session: bool = False,
     ) -> Running:
         """Start the command and return at once."""
         with stdin.open() as file:
@@ -48,6 +52,7 @@ class Launch:
                 stderr=subprocess.PIPE,
                 text=True,
                 preexec_fn=_hear_ctrl_c,
+                start_new_session=start_new_session,
             )
         self.started.append(process)
         return process

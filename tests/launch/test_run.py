@@ -66,9 +66,27 @@ def test_threads_share_the_cores(launch: Launch) -> None:
 
 
 def test_workers_get_the_whole_config(launch: Launch) -> None:
-    script = launch.script("from accel import Config; c = Config.current(); print(c.mixed_precision, c.data_seed)")
+    script = launch.script("""
+        from accel.config import current_config
+        print(current_config().mixed_precision, current_config().data_seed)
+    """)
     result = launch.run(*QUICK, "--mixed_precision", "bf16", "--data_seed", "7", script)
     assert result.stdout == "Choice(name='bf16', options={}) 7\n"
+
+
+def test_a_config_that_accelerate_wrote(launch: Launch) -> None:
+    file = launch.folder / "default_config.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: bf16\n"
+        "num_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    script = launch.script("""
+        from accel.config import current_config
+        c = current_config()
+        print(rank, c.num_processes, c.device.name, c.mixed_precision.name)
+    """)
+    result = launch.run("--config_file", file, *QUICK[1:], script)
+    assert sorted(result.stdout.splitlines()) == ["0 2 cpu bf16", "1 2 cpu bf16"], result.stderr
 
 
 def test_script_finds_what_python_gives_it(launch: Launch) -> None:

@@ -85,8 +85,8 @@ def disagree(call, shapes, dtypes):
 def test_different_shapes_and_dtypes_are_an_error_that_names_both(call):
     first, second = run(2, disagree, call, [(2,), (3,)], [torch.float32, torch.int64])
     assert first == second
-    assert "rank 0 has : ((2,), torch.float32)" in first
-    assert "rank 1 has : ((3,), torch.int64)" in first
+    assert "rank 0 has [2] torch.float32" in first
+    assert "rank 1 has [3] torch.int64" in first
 
 
 def test_what_holds_no_tensor_is_refused():

@@ -46,3 +46,18 @@ def test_what_holds_no_changed_tensor_is_returned_itself():
 def test_paths_name_each_leaf():
     value = {"a": [torch.ones(1), Batch(3)]}
     assert [path for path, _ in leaves(value)] == ["['a'][0]", "['a'][1].x", "['a'][1].name"]
+
+
+class Output(OrderedDict):
+    """Like the outputs of some model libraries: items can be set one by one, but not updated."""
+
+    def update(self, *unused: Any) -> None:
+        raise TypeError("Output.update is not supported")
+
+
+def test_a_mapping_that_refuses_update_is_rebuilt():
+    output = OrderedDict.__new__(Output)
+    output["loss"] = torch.ones(1)
+    result = map_tensors(lambda tensor: tensor * 3, output)
+    assert type(result) is Output
+    assert result["loss"].item() == 3

@@ -46,7 +46,7 @@ class Checkpoints:
         numbered = folder is None
         folder = folder or self.exchange.from_main(lambda: storage.next_folder(self.home))
         contents = collect(state)
-        work = plan(folder, contents, state.device, self.format, self.exchange)
+        work = plan(folder, contents, state, self.format, self.exchange)
         facts = {"step": state.step, "created": round(time.time(), 3), "processes": self.world.size}
         if blocking:
             self._write(work, facts, numbered)
@@ -54,6 +54,11 @@ class Checkpoints:
             work.copy(self._staging(work.size))
             self._start(work, facts, numbered)
         return folder
+
+    def exist(self) -> bool:
+        """Whether there are checkpoints without a name of the user's, complete or not."""
+        self.exchange.connect()
+        return self.exchange.from_main(lambda: bool(storage.newest_first(self.home)))
 
     def load(self, folder: Path | None, state: State, strict: bool) -> tuple[Path, Skipped]:
         """Take over a checkpoint, by default the newest complete one; returns its folder and what was skipped."""

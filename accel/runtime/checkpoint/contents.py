@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +16,6 @@ from ...interfaces import Precision
 from ..loader import PreparedLoader
 from ..optimizer import optimizer_part
 from ..pack import pack
-from ..random import generator_states
 from .ownership import Held
 from .parts import box_of, entry_of
 
@@ -38,7 +37,12 @@ class State:
     registered: Sequence[Any]
     precision: Precision
     device: torch.device
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any]
+    positions: Callable[[], Sequence[Mapping[str, Any]]]
+    """Where each loader is to go on, which amid an accumulation window is not where it is."""
+
+    generators: Callable[[], Mapping[str, Any]]
+    """The random generators that belong to these positions."""
 
     def others(self) -> dict[str, Sequence[Any]]:
         """What has `state_dict` and `load_state_dict` and needs no further care, by kind."""
@@ -94,15 +98,16 @@ def collect(state: State) -> Contents:
         "precision": pack(state.precision.state_dict(), contents.small, "precision"),
     }
     for kind, objects in state.others().items():
-        packed = [pack(v.state_dict(), contents.small, f"{kind}.{i}") for i, v in enumerate(objects)]
+        states = state.positions() if kind == "loaders" else [value.state_dict() for value in objects]
+        packed = [pack(value, contents.small, f"{kind}.{i}") for i, value in enumerate(states)]
         contents.values[kind] = packed
     return contents
 
 
-def collect_random(device: torch.device, rank: int) -> tuple[Any, dict[str, Tensor]]:
+def collect_random(state: State, rank: int) -> tuple[Any, dict[str, Tensor]]:
     """This process's random generators as plain values and tensors."""
     tensors: dict[str, Tensor] = {}
-    return pack(generator_states(device), tensors, f"random.rank_{rank}"), tensors
+    return pack(dict(state.generators()), tensors, f"random.rank_{rank}"), tensors
 
 
 def collect_model(contents: Contents, index: int, model: nn.Module) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import storage
 from ...interfaces import Checkpoint, Entry, File, Place
 from ...storage import Geometry, Range, Writer
-from .contents import SMALL, Contents, collect_random
+from .contents import SMALL, Contents, State, collect_random
 from .exchange import Exchange
 from .ownership import Duty, Held, all_entries, duties
 from .parts import as_bytes, box_of, entry_of, geometries, item_size, local_of
@@ -69,10 +68,10 @@ class Work:
         return sum(piece.duty.stop - piece.duty.start for piece in self.pieces)
 
 
-def plan(folder: Path, contents: Contents, device: torch.device, format: Checkpoint, exchange: Exchange) -> Work:
-    """Agree on the layout of a checkpoint; all ranks. `device` is the one whose random generator is kept too."""
+def plan(folder: Path, contents: Contents, state: State, format: Checkpoint, exchange: Exchange) -> Work:
+    """Agree on the layout of a checkpoint; all ranks."""
     rank = exchange.world.rank
-    told = exchange.together(lambda: (contents.table(), *collect_random(device, rank)))
+    told = exchange.together(lambda: (contents.table(), *collect_random(state, rank)))
     work = plan_tensors(folder, [table for table, _, _ in told], contents, format, LARGEST_FILE, rank)
     if rank == 0:
         contents.values["random"] = [random for _, random, _ in told]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from accel.config import Config, setting
+from accel.errors import ConfigError
 from accel.interfaces import Launcher
 from accel.interfaces.launcher import Command
 from accel.launch import environment, rendezvous, start
@@ -42,6 +43,11 @@ class Local(Launcher):
     def launch(self, command: Command, config: Config) -> int:
         """Run the command on this machine's processes; see `Launcher.launch`."""
         rendezvous.check_port(config)
+        if config.max_restarts and config.num_machines > 1:
+            raise ConfigError(
+                f"max_restarts: {config.max_restarts} needs num_machines 1, got {config.num_machines}: the machines do "
+                "not restart together; let the scheduler start all of them again, and call accelerator.resume()"
+            )
         options = self.options
         job = Job(
             command=command,

@@ -18,8 +18,9 @@ def find_blocks(model: nn.Module, patterns: Sequence[str], minimum_size: int, se
     """The modules of a model to gather and free as one, in the order in which they stand in it.
 
     By default the outermost children of one class in a list, dict or sequence of modules, of at least
-    `minimum_size` parameters; `patterns` name modules instead (`*` stands for anything but a dot). A module that shares a parameter with others
-    stays with the rest of the model. Raises PrepareError for a pattern, of `setting`, that fits no such module.
+    `minimum_size` parameters. `patterns` name modules instead; `*` stands for anything but a dot. A module that
+    shares a parameter with others stays with the rest of the model. Raises PrepareError for a pattern, of
+    `setting`, that fits no module.
     """
     found = _named(model, patterns, setting) if patterns else list(_repeated(model))
     if not patterns:

@@ -28,7 +28,7 @@ _NOT_SHARDABLE = {
 
 def check_model(model: nn.Module, strategy: Zero) -> None:
     """Raise PrepareError for a model that cannot be divided, naming the part of it that is at fault."""
-    for reason in (*_module_faults(model), *_parameter_faults(model, strategy)):
+    for reason in (*_module_faults(model), *_parameter_faults(model, strategy), *_method_faults(model, strategy)):
         raise PrepareError(f"prepare: {strategy.name} cannot train this {type(model).__name__}: {reason}")
 
 
@@ -53,14 +53,23 @@ def _module_faults(model: nn.Module) -> Iterator[str]:
             yield f"{place} makes sparse gradients, which cannot be divided; give it sparse=False"
 
 
+def _method_faults(model: nn.Module, strategy: Zero) -> Iterator[str]:
+    for name in strategy.options.methods:
+        if not callable(getattr(model, name, None)):
+            yield f"strategies.{strategy.name}.methods: it has no method {name!r}"
+
+
 def _parameter_faults(model: nn.Module, strategy: Zero) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             yield f"parameter {name!r} has no shape yet; run one batch through the model before prepare()"
             return
-        if id(parameter) in strategy.originals:
-            yield f"parameter {name!r} belongs to another prepared model too; make one model of the two and prepare that"
-        if isinstance(parameter, DTensor) and strategy.axis in (parameter.device_mesh.mesh_dim_names or (strategy.axis,)):
+        if id(parameter) in strategy.known:
+            yield f"parameter {name!r} belongs to another prepared model too; prepare one model that holds both"
+            return
+        if isinstance(parameter, DTensor) and strategy.axis in (
+            parameter.device_mesh.mesh_dim_names or (strategy.axis,)
+        ):
             yield f"parameter {name!r} is already divided over {parameter.device_mesh}; leave that to prepare()"
         if parameter.dim() == 0:
             yield f"parameter {name!r} is a scalar, which cannot be divided; give it the shape (1,)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
+from accel.runtime.nested import map_tensors
 
 from .blocks import find_blocks
-from .comm import reduce_scatter_for
+from .comm import improve_collectives
 from .entries import Entries
 from .exchange import Exchange
 from .groups import Groups
@@ -41,20 +43,21 @@ class ShardedModel:
         if next(model.parameters(), None) is None:
             return
         self._shard(blocks)
-        self.groups = Groups(model)
+        self.groups = Groups(model, self._gather_dtype)
         self.exchange = Exchange(self.groups, strategy.mesh.group, strategy.options.find_unused_parameters)
         entries = Entries(model, blocks, self.groups)
-        entries.wrap_methods(self.options.methods, f"strategies.{strategy.name}.methods")
-        if self.options.find_unused_parameters and not strategy.reshards_after_forward:
-            entries.gather_in_order()
+        entries.wrap_methods(self.options.methods)
+        if self.options.find_unused_parameters:
+            entries.gather_in_order(keep=not strategy.reshards_after_forward)
         model.zero_grad = self.groups.zero_grad  # type: ignore[method-assign]
         self._refuse_copies()
 
-    def before_backward(self, exchange: bool) -> None:
-        """Say whether the coming backward pass exchanges gradients, and whether parameters stay gathered after it."""
+    def before_backward(self, loss: Tensor, exchange: bool) -> None:
+        """Say whether the backward pass from `loss` exchanges gradients, and what becomes of gathered parameters."""
         if self.exchange is not None:
             exchange = exchange or self.strategy.exchanges_every_micro_batch
-            self.exchange.begin(exchange, reshard=exchange or not self.strategy.gathers_once_a_window)
+            reshard = exchange or not self.strategy.gathers_once_a_window
+            self.exchange.begin(loss, exchange, reshard, gathers=self.strategy.reshards_after_forward)
 
     def after_backward(self, exchange: bool, alone: bool) -> None:
         """Make up for an exchange that this process's loss did not set off, and give all the same buffers."""
@@ -77,6 +80,11 @@ class ShardedModel:
     def _divides(self) -> bool:
         return self.strategy.mesh.size > 1 or self.options.offload != "none"
 
+    @property
+    def _gather_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype = getattr(torch, self.strategy.precision.dtype)
+        return dtype if self.options.gather_dtype == "compute" and dtype is not torch.float32 else None
+
     def _find_blocks(self) -> list[nn.Module]:
         setting = f"strategies.{self.strategy.name}.blocks"
         return find_blocks(self.model, self.options.blocks, self.options.minimum_size, setting)
@@ -84,7 +92,10 @@ class ShardedModel:
     def _improve_blocks(self, blocks: list[nn.Module]) -> None:
         """Recompute and compile block by block: what is gathered as one is what computes as one."""
         options = self.options
-        for wanted, setting in ((options.activation_checkpointing != "none", "activation_checkpointing"), (options.compile, "compile")):
+        for wanted, setting in (
+            (options.activation_checkpointing != "none", "activation_checkpointing"),
+            (options.compile, "compile"),
+        ):
             if wanted and not blocks:
                 raise PrepareError(
                     f"strategies.{self.strategy.name}.{setting}: found no repeated blocks in this "
@@ -109,16 +120,20 @@ class ShardedModel:
             ),
             "offload_policy": self._offload_policy(),
         }
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # see `_own_outputs`
         for block in blocks:
+            block.register_forward_hook(_own_outputs, prepend=True)
             fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule) and (own := reduce_scatter_for(self.strategy.mesh.group, self.strategy.device)):
-                module.set_custom_reduce_scatter(own)
+        divided = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        axis = self.strategy.mesh
+        improve_collectives(divided, axis.group, self.strategy.device, axis.size // self.options.replicas)
+        for module in divided:
+            _keep_name(type(module))
         for parameter in before.values():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
-        self.strategy.originals |= before
+        self.strategy.known |= before | {id(parameter): parameter for parameter in self.model.parameters()}
 
     def _mesh(self) -> DeviceMesh:
         """The data axis; with replicas, as a grid of replicas and shards."""
@@ -139,18 +154,18 @@ class ShardedModel:
         able = torch.accelerator.is_available()
         if self.options.pin_memory and not able:
             raise PrepareError(
-                f"strategies.{self.strategy.name}.pin_memory: needs an accelerator, and this machine has none; leave it out"
+                f"strategies.{self.strategy.name}.pin_memory: needs an accelerator, and there is none; leave it out"
             )
         return CPUOffloadPolicy(pin_memory=able if self.options.pin_memory is None else self.options.pin_memory)
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
         if self.strategy.mesh.size > 1 and tensors:
             local = [t.to_local() if isinstance(t, DTensor) else t for t in (tensor.detach() for tensor in tensors)]
-            dist._broadcast_coalesced(self.strategy.mesh.group, local, _BROADCAST_BYTES, 0)
+            dist._broadcast_coalesced(self.strategy.mesh.group, local, _BROADCAST_BYTES, 0)  # type: ignore[attr-defined]
 
     def _refuse_copies(self) -> None:
         """Say what to call instead of copying a divided model, which torch cannot."""
-        name = type(self.model).__name__.removeprefix("FSDP")
+        name = type(self.model).__name__
 
         def refuse(memo: Any) -> None:
             raise PrepareError(
@@ -161,3 +176,18 @@ class ShardedModel:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.__dict__["__deepcopy__"] = refuse
+
+
+def _own_outputs(block: nn.Module, args: Any, output: Any) -> Any:
+    """Give a block's output that is a view memory of its own.
+
+    Where a loop changes a view in place, torch drops the hook that gathers the block for backward. What no block
+    holds stays gathered until backward, so that there a view does no harm.
+    """
+    return map_tensors(lambda t: t.clone() if t.requires_grad and t._base is not None else t, output)
+
+
+def _keep_name(divided: type[Any]) -> None:
+    """Let the class that torch derives for a divided module be called what the user's own is called."""
+    own = divided.__mro__[2]
+    divided.__name__, divided.__qualname__, divided.__module__ = own.__name__, own.__qualname__, own.__module__

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel.errors import PrepareError
-
 from .groups import Groups
 
 
@@ -24,7 +22,7 @@ class Entries:
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], groups: Groups) -> None:
         self.model, self.groups = model, groups
         self._inside_blocks = {id(module) for block in blocks for module in block.modules()}
-        self._gather_all = False
+        self._order: _Order | None = None
         self._depth = 0
         model.register_forward_pre_hook(self._enter_forward, prepend=True)
         model.register_forward_hook(self._leave_forward, always_call=True)
@@ -33,23 +31,18 @@ class Entries:
             part.register_forward_hook(self._leave_part, always_call=True)
         self._entered: nn.Module | None = None
 
-    def wrap_methods(self, names: Iterable[str], setting: str) -> None:
-        """Let these methods find the model's own parameters gathered. Raises PrepareError, of `setting`, if one is missing."""
+    def wrap_methods(self, names: Iterable[str]) -> None:
+        """Let these methods find the model's own parameters gathered."""
         for name in names:
-            method = getattr(self.model, name, None)
-            if not callable(method):
-                raise PrepareError(f"{setting}: {type(self.model).__name__} has no method {name!r}")
-            self.model.__dict__[name] = functools.partial(self._call, method)
+            self.model.__dict__[name] = functools.partial(self._call, getattr(self.model, name))
 
-    def gather_in_order(self) -> None:
+    def gather_in_order(self, keep: bool) -> None:
         """From now on, each forward gathers all groups in one order, whichever of them this process needs.
 
-        Where parameters stay gathered until backward this costs no memory, and it lets processes differ in the
-        blocks that they use: their collectives still fit together.
+        So processes may differ in the blocks that they use: their collectives still fit together. Where models
+        use all blocks in their order, it changes nothing. `keep` says whether parameters stay gathered.
         """
-        self._gather_all = True
-        for index, group in enumerate(self.groups.all):
-            group.unshard = functools.partial(self._unshard, self.groups.all[:index], group, group.unshard)
+        self._order = _Order(self.groups.all, keep)
 
     def _parts(self) -> list[nn.Module]:
         """The modules that can be called on their own and need what no block holds."""
@@ -65,9 +58,13 @@ class Entries:
             self._leave()
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
+        if not self._depth and self._order is not None:
+            self._order.begin()
         self._depth += 1
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._depth == 1 and self._order is not None:
+            self._order.end(broken_off=self.groups.interrupted)
         self._leave()
 
     def _enter_part(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -92,24 +89,44 @@ class Entries:
             return
         if self.groups.interrupted:
             self.groups.recover()
-        if self._gather_all:
-            for group in self.groups.all:
-                group.unshard()
-                group.wait_for_unshard()
         if torch.is_grad_enabled():
             self.groups.hide()
         else:
             self.groups.reshard()
 
-    def _unshard(self, earlier: list[Any], group: Any, unshard: Any, async_op: bool = False) -> None:
-        if not _gathered(group):
-            for other in earlier:
-                if not _gathered(other):
-                    other.unshard()
-                    other.wait_for_unshard()
+
+class _Order:
+    """Lets every forward of the whole model gather each group once, in order, before those that follow it."""
+
+    def __init__(self, groups: list[Any], keep: bool) -> None:
+        self.groups, self.keep = groups, keep
+        self._passed: set[int] | None = None
+        for index, group in enumerate(groups):
+            group.unshard = functools.partial(self._unshard, index, group.unshard)
+
+    def begin(self) -> None:
+        """A forward of the whole model begins."""
+        self._passed = set()
+
+    def end(self, broken_off: bool) -> None:
+        """Gather what this forward did not need, unless an exception ended it."""
+        if not broken_off:
+            self._pass(len(self.groups))
+        self._passed = None
+
+    def _unshard(self, index: int, unshard: Any, async_op: bool = False) -> None:
+        if self._passed is not None:
+            self._pass(index)
+            self._passed.add(index)
         unshard(async_op)
 
-
-def _gathered(group: Any) -> bool:
-    """Whether a group's parameters are gathered, or on their way."""
-    return group.is_unsharded or group._all_gather_result is not None
+    def _pass(self, end: int) -> None:
+        assert self._passed is not None
+        for index, group in enumerate(self.groups[:end]):
+            if index not in self._passed:
+                self._passed.add(index)
+                if not group.is_unsharded:
+                    group.unshard()
+                    group.wait_for_unshard()
+                    if not self.keep:
+                        group._to_sharded()

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .groups import Groups
+from .groups import Groups, make_gradients_alike, whole_gradient
+from .reach import Reach, agree_on_used, reach_of
 
 
 @dataclass
 class _Turn:
-    """One group's part in a backward pass. `calls` are the forward calls that it will be heard from."""
+    """One group's part in a backward pass. `calls` are the forward calls that it may be heard from."""
 
     group: Any
     reduce: Callable[[], None]
@@ -30,6 +31,9 @@ class _Turn:
     heard: int = 0
     done: bool = False
     filled: list[Any] = field(default_factory=list)
+
+    def reset(self) -> None:
+        self.calls, self.heard, self.done, self.filled = 0, 0, False, []
 
 
 class Exchange:
@@ -39,33 +43,53 @@ class Exchange:
         self.groups, self.group, self.find_unused = groups, group, find_unused
         blocks = groups.all[len(groups.rest) :]
         self._turns = [_Turn(g, g.post_backward) for g in (*reversed(blocks), *groups.rest)]
+        self._reach: Reach | None = None
         self._ran = False
         for turn in self._turns:
             self._listen(turn)
         for state in groups.states:
             self._finish_with(state)
 
-    def begin(self, exchange: bool, reshard: bool) -> None:
-        """Say what the coming backward pass does with gradients, and with gathered parameters."""
+    def begin(self, loss: Tensor, exchange: bool, reshard: bool, gathers: bool) -> None:
+        """Say what the backward pass from `loss` does with gradients, and with gathered parameters; all ranks.
+
+        `gathers` says whether it gathers parameters. Where processes will not ask for the same ones, all are
+        gathered now.
+        """
         self._ran = False
+        if self.find_unused and (exchange or gathers):
+            calls = {id(turn.group): turn.calls for turn in self._turns}
+            self._reach = reach_of(loss, self.groups, [calls[id(g)] for g in self.groups.all], self.group)
+            if gathers and self._reach.anywhere and not self._reach.alike:
+                self.groups.gather()
+                reshard = False
+        self._set(exchange, reshard)
+
+    def end(self, alone: bool) -> None:
+        """After a backward pass: take part in the exchange even if it did not reach this process's model.
+
+        `alone` says whether it is the only model; asked where the processes did not look at the graph.
+        """
+        due = self._reach.anywhere if self._reach is not None else alone
+        if self._exchanges and not self._ran and (due or self._has_gradients()):
+            self.groups.root._root_post_backward_final_callback()
+        if self._reach is not None and not self._reach.alike:
+            self.groups.reshard()
+        self._reach = None
+        self.groups.hide()
+        self._set(exchange=True, reshard=True)  # for a bare loss.backward()
+
+    def _set(self, exchange: bool, reshard: bool) -> None:
         for group in self.groups.all:
             group.reduce_grads = group.all_reduce_grads = exchange
             group.reshard_after_backward = reshard
-
-    def end(self, alone: bool) -> None:
-        """After a backward pass: take part in the exchange even if it did not reach this process's model."""
-        if not self._ran and (alone or self._has_gradients()):
-            self.groups.root._root_post_backward_final_callback()
-        self.groups.hide()
-        self.begin(exchange=True, reshard=True)  # for a bare loss.backward()
 
     def _listen(self, turn: _Turn) -> None:
         group, register = turn.group, turn.group._register_post_backward_hook
 
         def count(args: Any, kwargs: Any) -> Any:
-            result = register(args, kwargs)
-            turn.calls += result[0] is not args or result[1] is not kwargs
-            return result
+            turn.calls += torch.is_grad_enabled()
+            return register(args, kwargs)
 
         def heard(*unused: Any) -> None:
             turn.heard += 1
@@ -86,10 +110,10 @@ class Exchange:
                 for turn in self._turns:
                     self._reduce(turn)
             finish()
-            if self._exchanges:
+            if self._exchanges and self.find_unused:
                 self._drop_unused()
             for turn in self._turns:
-                turn.calls, turn.heard, turn.done, turn.filled = 0, 0, False, []
+                turn.reset()
 
         state._root_post_backward_final_callback = flush
 
@@ -100,9 +124,7 @@ class Exchange:
     def _take_turns(self) -> None:
         """Reduce the groups whose backward is through, up to the first that is still to come."""
         for turn in self._turns:
-            if turn.done:
-                continue
-            if not turn.heard or turn.heard < turn.calls:
+            if not turn.done and turn.heard < max(turn.calls, 1):
                 return
             self._reduce(turn)
 
@@ -110,42 +132,40 @@ class Exchange:
         if turn.done:
             return
         turn.done = True
+        _drop_empty(turn.group)
         if self.find_unused:
             turn.filled = [(p, p.sharded_param.grad is not None) for p in turn.group.fsdp_params if _fill(p)]
+        make_gradients_alike(turn.group)
         turn.reduce()
 
     def _drop_unused(self) -> None:
         """Take back the zeros of parameters that no process used; all ranks."""
-        if not self.find_unused:
-            return
-        filled = {id(p): had for turn in self._turns for p, had in turn.filled}
-        trained = [p for p in self.groups.parameters() if p.sharded_param.requires_grad]
-        if not trained:
-            return
-        used = torch.tensor([id(p) not in filled for p in trained], dtype=torch.int32, device=trained[0].device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
-        if not filled:
-            return
-        for parameter, anywhere in zip(trained, used.tolist(), strict=True):
-            if not anywhere and not filled[id(parameter)]:
+        filled = {id(p): had_gradient for turn in self._turns for p, had_gradient in turn.filled}
+        parameters = list(self.groups.parameters())
+        if self._reach is not None:
+            used = self._reach.used
+        else:
+            used = agree_on_used([id(parameter) not in filled for parameter in parameters], self.group)
+        for parameter, anywhere in zip(parameters, used, strict=True):
+            if not anywhere and not filled.get(id(parameter), True):
                 parameter.sharded_param.grad = None
 
     def _has_gradients(self) -> bool:
-        return any(_whole_gradient(parameter) is not None for parameter in self.groups.parameters())
+        return any(whole_gradient(parameter) is not None for parameter in self.groups.parameters())
 
 
-def _whole_gradient(parameter: Any) -> Any:
-    """The gradient that this process has accumulated and not yet exchanged; None if there is none."""
-    if parameter.unsharded_accumulated_grad is not None:
-        return parameter.unsharded_accumulated_grad
-    return parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None
+def _drop_empty(group: Any) -> None:
+    """Forget gradients of size 0, which torch cannot reduce and nobody needs."""
+    for parameter in group.fsdp_params:
+        if not parameter.sharded_param.numel() and hasattr(parameter, "_unsharded_param"):
+            parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
 
 
 def _fill(parameter: Any) -> bool:
     """Give zeros to a parameter that trains and has no gradient on this process; returns whether it did."""
-    if not parameter.sharded_param.requires_grad or _whole_gradient(parameter) is not None:
+    if not parameter.sharded_param.requires_grad or whole_gradient(parameter) is not None:
         return False
-    if not hasattr(parameter, "_unsharded_param"):
+    if not hasattr(parameter, "_unsharded_param") or not parameter.sharded_param.numel():
         return False
     parameter._unsharded_param.grad = torch.zeros_like(parameter._unsharded_param)
     return True

@@ -10,9 +10,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+_AUTOCAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+"""Layers whose parameters autocast converts to the type that it computes in, and that do nothing else with them."""
 
 
 class Groups:
@@ -21,9 +25,13 @@ class Groups:
     `all` begins with the group of what no block holds, if there is such; `rest` is that one or none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gather_dtype: torch.dtype | None = None) -> None:
         assert isinstance(model, FSDPModule)
         self.root: Any = model._get_fsdp_state()
+        if gather_dtype is not None:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    _narrow(_groups_of(module._get_fsdp_state()), gather_dtype)
         self.root._lazy_init()
         self.states: list[Any] = list(self.root._state_ctx.all_states)
         self.rest: list[Any] = _groups_of(self.root)
@@ -42,6 +50,12 @@ class Groups:
         """Free all gathered parameters."""
         for group in self.all:
             group._to_sharded()
+
+    def gather(self) -> None:
+        """Gather all parameters, in order; all ranks."""
+        for group in self.all:
+            group.unshard()
+            group.wait_for_unshard()
 
     def hide(self) -> None:
         """Let the model show its divided parameters, though gathered ones stay for the forward or backward to come.
@@ -97,6 +111,35 @@ class Groups:
         self.root._comm_ctx.all_gather_state = None
         self.root._comm_ctx.post_forward_order.clear()
         self.reshard()
+
+
+def _narrow(groups: list[Any], dtype: torch.dtype) -> None:
+    """Gather in `dtype` what autocast would convert to it anyway, at every use."""
+    for group in groups:
+        for parameter in group.fsdp_params:
+            info = parameter._module_info
+            if all(type(module) in _AUTOCAST for module in (info.module, *info.shared_modules)):
+                parameter.init_dtype_attrs = functools.partial(_init_narrow, parameter, dtype)
+
+
+def _init_narrow(parameter: Any, dtype: torch.dtype, policy: Any) -> None:
+    type(parameter).init_dtype_attrs(parameter, policy)
+    parameter.param_dtype = dtype if parameter.orig_dtype == torch.float32 else None
+
+
+def make_gradients_alike(group: Any) -> None:
+    """Convert gradients to the type in which they are reduced: torch reduces only gradients of one type together."""
+    for parameter in group.fsdp_params:
+        if hasattr(parameter, "_unsharded_param"):
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()
+
+
+def whole_gradient(parameter: Any) -> Any:
+    """The gradient that this process has accumulated and not yet exchanged; None if there is none."""
+    if parameter.unsharded_accumulated_grad is not None:
+        return parameter.unsharded_accumulated_grad
+    return parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None
 
 
 def _groups_of(state: Any) -> list[Any]:

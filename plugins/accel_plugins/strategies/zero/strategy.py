@@ -32,13 +32,18 @@ class Zero(Strategy):
         """Hybrid sharding: the model is divided among size / replicas processes, and each part held by `replicas`."""
 
         blocks: tuple[str, ...] = ()
-        """Modules to gather and free as one, by name pattern (`encoder.layer.*`); by default repeated modules are found."""
+        """Modules to gather and free as one, by name (`encoder.layer.*`); by default repeated modules are found."""
 
         minimum_size: int = setting(100_000, minimum=0)
         """Found blocks with fewer parameters than this are handled together with the rest of the model."""
 
         reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         """The type in which gradients are averaged over the processes."""
+
+        gather_dtype: Literal["float32", "compute"] = "float32"
+        """Gather weights of linear and convolution layers as they are, or already in the type of mixed_precision.
+
+        `compute` halves the bytes and frees autocast's copies; no layer may then leave autocast for float32."""
 
         find_unused_parameters: bool = True
         """Let steps, and processes within a step, leave out parameters; off saves one small exchange a step."""
@@ -53,10 +58,10 @@ class Zero(Strategy):
         """Where parts of parameters, gradients and optimizer state live: on the device, or in the host's memory."""
 
         pin_memory: bool | None = None
-        """Lock offloaded memory in place, so that copies overlap with work; by default where there is an accelerator."""
+        """Lock offloaded memory in place, so that copies overlap with work; by default if there is an accelerator."""
 
         activation_checkpointing: Literal["none", "full", "selective"] = "none"
-        """Compute each block's activations again in backward; selective keeps what matrix products and attention gave."""
+        """Compute each block's activations again in backward; selective keeps those of matrix products, attention."""
 
         compile: bool = False
         """Compile each block by torch.compile."""
@@ -70,7 +75,7 @@ class Zero(Strategy):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.models: dict[nn.Module, ShardedModel] = {}
-        self.originals: dict[int, nn.Parameter] = {}
+        self.known: dict[int, nn.Parameter] = {}
 
     @property
     def name(self) -> str:
@@ -82,7 +87,9 @@ class Zero(Strategy):
         if size % options.replicas:
             raise ConfigError(f"replicas: {options.replicas} does not divide {size} processes")
         if 1 < options.replicas == size:
-            raise ConfigError(f"replicas: {options.replicas} of {size} processes leave nothing to divide; `ddp` replicates")
+            raise ConfigError(
+                f"replicas: {options.replicas} of {size} processes leave nothing to divide; `ddp` replicates"
+            )
         if options.pin_memory and options.offload == "none":
             raise ConfigError("pin_memory: is for offloaded memory; set offload: cpu")
 
@@ -94,7 +101,7 @@ class Zero(Strategy):
         self.models[model] = ShardedModel(model, self)
 
     def before_backward(self, model: nn.Module, loss: Tensor, exchange: bool) -> Tensor:
-        self.models[model].before_backward(exchange)
+        self.models[model].before_backward(loss, exchange)
         return loss
 
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
@@ -114,7 +121,7 @@ class Zero(Strategy):
 
     def release(self) -> None:
         self.models.clear()
-        self.originals.clear()
+        self.known.clear()
 
     @property
     def exchanges_every_micro_batch(self) -> bool:

@@ -1,0 +1,164 @@
+"""Checkpoints as a loop sees them: saved, loaded, resumed from, and written in time before the run is ended."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..errors import ConfigError, PrepareError
+from ..interfaces import Tracker
+from ..interfaces.launcher import PREEMPTED
+from ..plan import Plan
+from ..storage import FOLDER, parse_size
+from .checkpoint import Checkpoints, Differences, State
+from .model import whole_state_dict
+from .preemption import SIGNALS, Preemption
+from .training import Training
+
+
+class Saving(Training):
+    """The part of an `Accelerator` that writes and reads checkpoints."""
+
+    plan: Plan
+    trackers: dict[str, Tracker]
+
+    def __init__(self) -> None:
+        self._schedulers: list[LRScheduler] = []
+        self._registered: list[Any] = []
+        self._checkpoints = self._make_checkpoints()
+        self._preemption = self._watch_for_preemption()
+        super().__init__()
+
+    def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The whole state of a model under the user's own names, as plain CPU tensors; all ranks."""
+        return whole_state_dict(model)
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Let `save_state` and `load_state` keep these objects too; each has `state_dict` and `load_state_dict`."""
+        for value in objects:
+            if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+                raise PrepareError(
+                    f"register_for_checkpointing: expected an object with state_dict() and load_state_dict(), "
+                    f"got {type(value).__name__}"
+                )
+        self._registered.extend(objects)
+
+    def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool = True) -> str:
+        """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
+
+        Without a folder it is `project_dir/checkpoints/checkpoint_<n>`, and those beyond `total_limit` are deleted.
+        Each process writes what it holds. The folder appears whole or not at all: it is written aside, flushed,
+        and renamed into place. In the middle of an accumulation window it is the state at the window's start, since
+        a checkpoint holds no gradients; what was registered is saved as it is. With `blocking=False` training goes
+        on as soon as the state has been copied; what goes wrong later is raised by the next call, or when the run
+        ends. Raises CheckpointError on all ranks.
+        """
+        folder = None if output_dir is None else Path(output_dir)
+        return str(self._checkpoints.save(folder, self._state(), blocking))
+
+    def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str:
+        """Take over a checkpoint that `save_state` wrote; all ranks, with the same objects prepared.
+
+        Any strategy and number of processes will do. Without a folder it is the newest complete one under
+        `project_dir/checkpoints`; a warning tells which were passed over and why. Returns the folder. Raises
+        CheckpointError if it is missing, damaged, or belongs to other objects; with `strict=False`, parameters
+        that do not fit are left as they are, and a warning names them.
+        """
+        folder, skipped = self._checkpoints.load(None if input_dir is None else Path(input_dir), self._state(), strict)
+        for group, differences in skipped.items():
+            self._warn(f"load_state: left out of {folder}: {group}: {differences.describe()}")
+        self._abandon_windows()
+        return str(folder)
+
+    def resume(self) -> bool:
+        """Go on from the newest complete checkpoint under `project_dir`, if there is one; all ranks.
+
+        Returns whether there was. Those that preemption saved are there, and those that the script saved without a
+        name of its own. Raises CheckpointError as `load_state` does.
+        """
+        if not self._checkpoints.exist():
+            return False
+        self.load_state()
+        return True
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a model's weights as safetensors under the user's own names, as the Hugging Face tools do; all ranks.
+
+        `max_shard_size` is in bytes, or with a unit as in "500MB". Each process writes what it holds.
+        """
+        if not safe_serialization:
+            raise ConfigError("save_model: safe_serialization: False would write a pickle; it can only be True")
+        self._checkpoints.save_model(Path(save_directory), model, parse_size(max_shard_size))
+
+    def load_model(self, model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> Differences:
+        """Take over weights from a folder of safetensors, whoever wrote it, into a prepared model; all ranks.
+
+        Each process reads only its parts. Returns what did not fit; raises CheckpointError for it if `strict`.
+        """
+        differences = self._checkpoints.load_model(Path(directory), model, strict)
+        if differences:
+            self._warn(f"load_model: left out of {directory}: {differences.describe()}")
+        return differences
+
+    def _make_checkpoints(self) -> Checkpoints:
+        format = self.plan.checkpoint.plugin(self.plan.checkpoint.options)
+        home = Path(self.config.project_dir, FOLDER)
+        return Checkpoints(format, self.world, home, self.config.total_limit, self.config.timeout)
+
+    def _watch_for_preemption(self) -> Preemption | None:
+        """Hear signals and watch the clock, if the config says so."""
+        if not self.config.save_on_signal and self.config.time_limit is None:
+            return None
+        signals = SIGNALS if self.config.save_on_signal else ()
+        preemption = Preemption(self.world, signals, self.config.time_limit, self.config.timeout)
+        atexit.register(preemption.close)
+        return preemption
+
+    def _reached(self) -> Callable[[], None] | None:
+        return self._stop_if_preempted if self._preemption else None
+
+    def _stop_if_preempted(self) -> None:
+        """Save and exit, if this is the step boundary at which all ranks do."""
+        if self._preemption and self._preemption.due():
+            folder = self.save_state()
+            self._finish_trackers()
+            if self.is_main_process:
+                print(f"accel: {self._preemption.reason}: saved {folder}, exit code {PREEMPTED}", file=sys.stderr)
+            raise SystemExit(PREEMPTED)
+
+    def _finish_trackers(self) -> None:
+        for tracker in self.trackers.values():
+            tracker.finish()
+        self.trackers.clear()
+
+    def _warn(self, text: str) -> None:
+        if self.is_main_process:
+            warnings.warn(text, stacklevel=3)
+
+    def _state(self) -> State:
+        return State(
+            models=[part.model for part in self._models],
+            optimizers=[part.optimizer for part in self._optimizers],
+            schedulers=self._schedulers,
+            loaders=self._loaders,
+            registered=self._registered,
+            precision=self.precision,
+            device=self.device,
+            config=self.config.values(),
+            positions=self._boundaries.positions,
+            generators=self._boundaries.generators,
+        )

@@ -1,0 +1,72 @@
+"""What a backward pass will reach, read from its graph before it runs, and whether all processes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .groups import Groups, whole_gradient
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the processes together will do. `used` tells for each parameter whether any has a gradient for it."""
+
+    anywhere: bool
+    alike: bool
+    used: list[bool]
+
+
+def reach_of(loss: Tensor, groups: Groups, calls: list[int], group: ProcessGroup) -> Reach:
+    """Find out what the backward pass from `loss` reaches on each process; all ranks.
+
+    `calls` are the forward calls of each group. The processes are alike if their backward passes will ask for the
+    same groups equally often: only then do their collectives fit together by themselves.
+    """
+    heard = [0] * len(groups.all)
+    used = {id(p) for p in groups.parameters() if whole_gradient(p) is not None}
+    leaves = {id(p._unsharded_param): p for p in groups.parameters() if hasattr(p, "_unsharded_param")}
+    places = {id(g): place for place, g in enumerate(groups.all)}
+    for node in _nodes(loss):
+        if (place := places.get(id(getattr(node, "param_group", None)))) is not None:
+            heard[place] += 1
+        elif (parameter := leaves.get(id(getattr(node, "variable", None)))) is not None:
+            used.add(id(parameter))
+    bits = [int(id(p) in used) for p in groups.parameters()]
+    touched = [int(any(id(p) in used for p in g.fsdp_params)) for g in groups.all]
+    return _agree([*heard, *calls, *touched], bits, bool(used) or any(heard), group)
+
+
+def agree_on_used(used: list[bool], group: ProcessGroup) -> list[bool]:
+    """For each parameter, whether any process used it; all ranks."""
+    return _agree([], [int(bit) for bit in used], True, group).used
+
+
+def _agree(facts: list[int], bits: list[int], reached: bool, group: ProcessGroup) -> Reach:
+    brought = torch.tensor([int(reached), *bits, *facts, *(-fact for fact in facts)], dtype=torch.int32)
+    dist.all_reduce(brought, op=dist.ReduceOp.MAX, group=group)  # on the CPU, so that no device has to be waited for
+    found = brought.tolist()
+    largest = found[1 + len(bits) :]
+    alike = all(a == -b for a, b in zip(largest[: len(facts)], largest[len(facts) :], strict=True))
+    return Reach(anywhere=bool(found[0]), alike=alike, used=[bool(bit) for bit in found[1 : 1 + len(bits)]])
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """All nodes of the graph of a loss."""
+    waiting = [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        yield node
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)

@@ -1,0 +1,485 @@
+"""ZeRO's promises: one process's weights under every option, the bytes and the memory of the paper's arithmetic."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+from accel import Accelerator
+from accel.errors import ConfigError, PrepareError
+from accel.testing import run
+
+from .zero_models import (
+    LM,
+    STAGES,
+    Block,
+    Wire,
+    accelerator_for,
+    adamw,
+    assert_same_weights,
+    loss_of,
+    make,
+    tokens,
+    whole,
+)
+
+stages = pytest.mark.parametrize("stage", STAGES)
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def train(stage, options, optimizer=adamw, accumulation=1, frozen=False, tied=True, clip=0.1):
+    """Three optimizer steps on this rank's share; weights and norms are those of a plain loop over the whole."""
+    accelerator = accelerator_for(stage, options, gradient_accumulation_steps=accumulation)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    model, reference = make(seed=rank, tied=tied), make(seed=0, tied=tied)
+    for m in (model, reference):
+        m.blocks[0].requires_grad_(not frozen), m.blocks[1].up.weight.requires_grad_(not frozen)
+    mine, theirs = optimizer(model), optimizer(reference)
+    model, mine = accelerator.prepare(model, mine)
+    for step in range(3):
+        for micro in range(accumulation):
+            x = tokens(step * accumulation + micro, 2 * size)
+            part = x.chunk(size)[rank]
+            accelerator.backward(loss_of(model(part), part))
+            (loss_of(reference(x), x) / accumulation).backward()
+            norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+            mine.step(), mine.zero_grad()
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), clip), rtol=1e-5, atol=0)
+        theirs.step(), theirs.zero_grad()
+    assert_same_weights(model, reference)
+    assert (model.head.weight is model.embedding.weight) == tied
+
+
+@stages
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"minimum_size": 100_000},
+        {"blocks": ["blocks.1"]},
+        {"offload": "cpu"},
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"find_unused_parameters": False},
+        {"broadcast_buffers": False},
+    ],
+    ids=str,
+)
+def test_every_option_gives_one_processs_weights(stage, options):
+    run(2, train, stage, options, adamw, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("zero1", {}),
+        ("zero2", {"accumulate": "sharded"}),
+        ("zero3", {"accumulate": "sharded"}),
+        ("zero3", {"reshard_after_forward": False}),
+        *((stage, {"replicas": 2}) for stage in STAGES),
+    ],
+)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_four_ranks_give_one_processs_weights(stage, options, accumulation):
+    run(4, train, stage, options, sgd, accumulation)
+
+
+@stages
+def test_frozen_and_untied_weights(stage):
+    run(3, train, stage, {}, adamw, 2, True, False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about its own imports and guards
+@stages
+def test_compiled_blocks_give_one_processs_weights(stage):
+    run(2, train, stage, {"compile": True}, timeout=110)
+
+
+def test_a_single_process_recomputes_too():
+    run(1, train, "zero3", {"activation_checkpointing": "full"})
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def wire(strategy, accumulation=1):
+    """What one optimizer step sends, in times the parameters' bytes, and its calls by name."""
+    accelerator = Accelerator(device="cpu", strategies=strategy, gradient_accumulation_steps=accumulation)
+    size = accelerator.num_processes
+    model = make(width=64, tied=False)
+    bytes_of_parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    for _ in range(2):
+        with Wire(size) as sent:
+            for micro in range(accumulation):
+                x = tokens(micro, 2)
+                accelerator.backward(loss_of(model(x), x))
+                optimizer.step(), optimizer.zero_grad()
+    return sent.total / bytes_of_parameters / ((size - 1) / size), sent.calls
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("stage", "gathers"), [("zero1", 1), ("zero2", 1), ("zero3", 2)])
+def test_a_step_sends_what_the_arithmetic_says(stage, gathers, size, accumulation):
+    """Gradients are reduce-scattered once a step. Zero3 gathers each block twice a micro-batch, zero2 once, zero1
+    once a step."""
+    sent, calls = run(size, wire, {stage: {"minimum_size": 0}}, accumulation)[0]
+    forwards = 1 if stage == "zero1" else accumulation
+    assert calls["alltoall"] == 4
+    assert calls["allgather"] == forwards * (1 + 3 * gathers)
+    assert sent <= 1.02 * (1 + gathers * forwards)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_beside_ddp(size):
+    ddp = run(size, wire, "ddp")[0][0]
+    assert ddp == pytest.approx(2, rel=0.02)
+    for stage, factor in (("zero1", 1), ("zero2", 1), ("zero3", 1.5)):
+        assert run(size, wire, {stage: {"minimum_size": 0}})[0][0] <= 1.02 * factor * ddp, stage
+
+
+def test_sharded_accumulation_reduces_every_micro_batch():
+    _, calls = run(2, wire, {"zero2": {"minimum_size": 0, "accumulate": "sharded"}}, 3)[0]
+    assert calls["alltoall"] == 3 * 4
+
+
+def test_replicas_send_less_between_them():
+    _, calls = run(4, wire, {"zero3": {"minimum_size": 0, "replicas": 2}})[0]
+    assert calls["alltoall"] == 4
+    assert calls["allreduce"] == 4 + 1  # and what the processes agree on before backward
+
+
+def narrow(strategy):
+    """The bytes gathered in a bf16 step, and the weights after three."""
+    bf16 = {"mixed_precision": "bf16"}
+    accelerator = accelerator_for(*strategy, **bf16) if strategy else Accelerator(device="cpu", **bf16)
+    model = make(width=64, tied=False)
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    for step in range(3):
+        x = tokens(step, 4).chunk(2)[accelerator.process_index]
+        with Wire(2) as sent:
+            accelerator.backward(loss_of(model(x), x))
+        optimizer.step(), optimizer.zero_grad()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return sent.bytes.get("allgather", 0), accelerator.get_state_dict(model)
+
+
+@stages
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_gathering_in_half_width_computes_the_same(stage, reduce_dtype):
+    options = {"reduce_dtype": reduce_dtype}
+    wide, expected = run(2, narrow, (stage, options))[0]
+    half, found = run(2, narrow, (stage, {**options, "gather_dtype": "compute"}))[0]
+    assert 0.5 < half / wide < 0.56  # embedding, position and norms stay as they are
+    _, ddp = run(2, narrow, None)[0]
+    for name in ddp:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+        if reduce_dtype == "float32":
+            torch.testing.assert_close(found[name], ddp[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def held(stage, options):
+    """Bytes of parameters, gradients and optimizer state that this process holds between steps."""
+    accelerator = accelerator_for(stage, options)
+    model = make(width=64, tied=False)
+    originals = list(model.parameters())
+    total = sum(p.numel() for p in originals)
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    x = tokens(0, 2)
+    accelerator.backward(loss_of(model(x), x))
+    gradients = [p.grad.to_local() for p in model.parameters()]
+    optimizer.step()
+    states = [v.to_local() for state in optimizer.state.values() for v in state.values() if v.dim()]
+    tensors = [p.to_local() for p in model.parameters()] + gradients + states
+    assert all(p.untyped_storage().size() == 0 for p in originals), "the whole model must not stay in memory"
+    unsharded = [p._unsharded_param for g in _groups(model) for p in g.fsdp_params]
+    assert all(p.untyped_storage().size() == 0 for p in unsharded)
+    return sum(t.numel() * t.element_size() for t in tensors) / (16 * total)
+
+
+def _groups(model):
+    return [g for state in fully_shard.state(model)._state_ctx.all_states for g in state._fsdp_param_groups]
+
+
+@stages
+@pytest.mark.parametrize(("size", "options", "part"), [(2, {}, 1 / 2), (4, {}, 1 / 4), (4, {"replicas": 2}, 1 / 2)])
+def test_each_rank_holds_its_part_between_steps(stage, size, options, part):
+    """16 bytes a parameter with AdamW in float32 (Rajbhandari et al. 2020, section 3), divided by the processes."""
+    assert sum(run(size, held, stage, options)) == pytest.approx(size * part, rel=0.03)
+
+
+def gathered(stage, options):
+    """Blocks whose parameters are whole: after forward, and at the backward of the first block."""
+    accelerator = accelerator_for(stage, options)
+    model = accelerator.prepare(make(tied=False))
+    counts = []
+
+    def count(*_):
+        counts.append(sum(not group.is_sharded for group in _groups(model)[1:]))
+
+    x = tokens(0, 2)
+    model.embedding.register_forward_hook(lambda module, args, output: output.register_hook(count) and None)
+    logits = model(x)
+    count()
+    accelerator.backward(loss_of(logits, x))
+    count()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "counts"),
+    [
+        ("zero1", {}, [3, 0, 0]),
+        ("zero2", {}, [3, 0, 0]),
+        ("zero3", {}, [0, 0, 0]),
+        ("zero3", {"reshard_after_forward": False}, [3, 0, 0]),
+    ],
+)
+def test_when_blocks_are_whole(stage, options, counts):
+    assert run(2, gathered, stage, options) == [counts] * 2
+
+
+# -- models of all kinds -----------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Parameters of size 0, smaller than the number of ranks, not contiguous; integer and half buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.small = nn.Parameter(torch.randn(1, 3))
+        self.turned = nn.Parameter(torch.randn(3, 5).t())
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+
+    def forward(self, x):
+        self.steps += 1
+        return (x * self.small * self.mask) @ self.turned.t() + self.empty.sum()
+
+
+def odd(stage):
+    accelerator = accelerator_for(stage)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    model, reference = make(rank, Odd), make(0, Odd)
+    mine, theirs = (torch.optim.Adam(m.parameters(), lr=0.1) for m in (model, reference))
+    model, mine = accelerator.prepare(model, mine)
+    x = torch.randn(size, 2, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        accelerator.backward(model(x[rank]).square().mean())
+        reference(x.flatten(0, 1)).square().mean().backward()
+        accelerator.clip_grad_norm_(model.parameters(), 1.0), nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
+    assert_same_weights(model, reference)
+    assert model.steps == 3
+
+
+@stages
+def test_odd_parameters_and_buffers(stage):
+    run(4, odd, stage)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(True)) for _ in "ab")
+        )
+
+    def forward(self, x):
+        return self.stages(x).mean((2, 3))
+
+
+def buffers(stage, broadcast):
+    accelerator = accelerator_for(stage, {"broadcast_buffers": broadcast})
+    model = accelerator.prepare(Normed())
+    accelerator.backward(model(torch.randn(2, 3, 8, 8) + accelerator.process_index).mean())
+    return model.stages[0][1].running_mean
+
+
+@stages
+def test_buffers_are_rank_0s_after_each_exchange(stage):
+    first, second = run(2, buffers, stage, True)
+    assert torch.equal(first, second)
+    first, second = run(2, buffers, stage, False)
+    assert not torch.equal(first, second)
+
+
+def no_parameters(stage):
+    accelerator = accelerator_for(stage)
+    model = accelerator.prepare(nn.Sequential(nn.ReLU(), nn.Flatten()))
+    return model(torch.ones(2, 3, requires_grad=True)).sum().item()
+
+
+@stages
+def test_a_model_without_parameters(stage):
+    assert run(2, no_parameters, stage) == [6.0, 6.0]
+
+
+class Transformer(nn.Module):
+    """torch's own encoder and decoder, attention masks and dropout layers included."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.body = nn.Transformer(8, 2, 2, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, x):
+        embedded = self.embedding(x)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.body(embedded, embedded, tgt_mask=mask))
+
+
+def transformer(stage):
+    accelerator = accelerator_for(stage)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    model, reference = make(rank, Transformer), make(0, Transformer)
+    mine, theirs = sgd(model), sgd(reference)
+    model, mine = accelerator.prepare(model, mine)
+    for step in range(2):
+        x = torch.randint(11, (2 * size, 5), generator=torch.Generator().manual_seed(step))
+        accelerator.backward(F.cross_entropy(model(x.chunk(size)[rank]).flatten(0, 1), x.chunk(size)[rank].flatten()))
+        F.cross_entropy(reference(x).flatten(0, 1), x.flatten()).backward()
+        mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
+    assert_same_weights(model, reference, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
+    return len(_groups(model))
+
+
+@stages
+def test_torchs_own_transformer_is_divided_layer_by_layer(stage):
+    assert run(2, transformer, stage) == [5, 5]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Scalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def mixed():
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+
+
+REFUSED = {
+    "scalar": (Scalar, r"parameter 'scale' is a scalar, .* give it the shape \(1,\)"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "parameter '0.weight' has no shape yet; run one batch"),
+    "mixed": (mixed, "'0.bias' is float32, '1.bias' is bfloat16; convert"),
+    "sparse": (lambda: nn.Sequential(nn.Embedding(3, 2, sparse=True)), "'0' makes sparse gradients"),
+}
+
+
+def refused():
+    accelerator = accelerator_for("zero3")
+    mesh = accelerator.mesh.axis(accelerator.strategies[0].axis).device_mesh
+    cases = {
+        **REFUSED,
+        "divided": (lambda: fully_shard(nn.Linear(2, 2), mesh=mesh), "the model was already divided by fully_shard"),
+    }
+    for build, message in cases.values():
+        with pytest.raises(PrepareError, match=f"prepare: zero3 cannot train this .*: .*{message}"):
+            accelerator.prepare(build())
+    shared = nn.Linear(2, 2)
+    accelerator.prepare(nn.Sequential(shared))
+    with pytest.raises(PrepareError, match=r"parameter '1\.weight' belongs to another prepared model too"):
+        accelerator.prepare(nn.Sequential(nn.ReLU(), shared))
+    with pytest.raises(PrepareError, match=r"strategies\.zero3\.blocks: 'layers\.\*' names no module of LM"):
+        accelerator_for("zero3", {"blocks": ["layers.*"]}).prepare(make())
+    with pytest.raises(PrepareError, match=r"strategies\.zero3\.compile: found no repeated blocks in this Linear"):
+        accelerator_for("zero3", {"compile": True}).prepare(nn.Linear(2, 2))
+    with pytest.raises(PrepareError, match=r"strategies\.zero3\.pin_memory: needs an accelerator"):
+        accelerator_for("zero3", {"offload": "cpu", "pin_memory": True}).prepare(make())
+
+
+def test_models_that_cannot_be_divided_are_refused_by_name():
+    run(2, refused)
+
+
+OPTIMIZERS = {
+    "LBFGS": torch.optim.LBFGS,
+    "Adafactor": torch.optim.Adafactor,
+    "Rprop": torch.optim.Rprop,
+    "SparseAdam": torch.optim.SparseAdam,
+}
+
+
+def optimizers(stage, first):
+    for name, kind in OPTIMIZERS.items():
+        accelerator = accelerator_for(stage)
+        model = make()
+        optimizer = kind(list(model.parameters()))
+        if first:
+            accelerator.prepare(optimizer)
+        objects = (model,) if first else (model, optimizer)
+        with pytest.raises(PrepareError, match=f"{stage} cannot divide the optimizer {name}: .* use another"):
+            accelerator.prepare(*objects)
+
+
+@stages
+@pytest.mark.parametrize("first", [False, True], ids=["together", "before its model"])
+def test_optimizers_that_cannot_be_divided_are_refused_by_name(stage, first):
+    run(2, optimizers, stage, first)
+
+
+def others(stage):
+    """The rest of torch's optimizers, against one process."""
+    makers = [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam]
+    makers += [torch.optim.RAdam, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.ASGD]
+    for kind in makers:
+        accelerator = accelerator_for(stage)
+        rank = accelerator.process_index
+        model, reference = make(rank, Block), make(0, Block)
+        options = {} if kind in (torch.optim.SGD, torch.optim.ASGD) else {"eps": 1e-3}
+        mine, theirs = kind(model.parameters(), lr=1e-2, **options), kind(reference.parameters(), lr=1e-2, **options)
+        model, mine = accelerator.prepare(model, mine)
+        x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            accelerator.backward(model(x[rank]).square().mean())
+            reference(x).square().mean().backward()
+            mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
+        for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(whole(a), b, rtol=1e-5, atol=1e-6, msg=kind.__name__)
+
+
+@stages
+def test_torchs_other_optimizers(stage):
+    run(2, others, stage)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replicas": 3}, r"strategies\.zero3\.replicas: 3 does not divide 4 processes"),
+        ({"replicas": 4}, r"strategies\.zero3\.replicas: 4 of 4 processes leave nothing to divide"),
+        ({"pin_memory": True}, r"strategies\.zero3\.pin_memory: is for offloaded memory"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, message):
+    from accel.config import Config
+    from accel.plan import Plan
+
+    with pytest.raises(ConfigError, match=message):
+        Plan.of(Config().replace(num_processes=4, strategies={"zero3": options}))
+
+
+def test_the_model_stays_the_users():
+    assert run(2, names, "zero3") == [("LM", True, ["position", "embedding.weight", "blocks.0.norm.weight"])] * 2
+
+
+def names(stage):
+    model = accelerator_for(stage).prepare(make())
+    return type(model).__name__, isinstance(model, LM), [name for name, _ in model.named_parameters()][:3]

@@ -1,0 +1,489 @@
+"""What a loop may do with a model under ZeRO: right, or refused by name; and the same on every rank."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from accel import Accelerator
+from accel.errors import CheckpointError, PrepareError
+from accel.testing import run
+
+from .zero_models import (
+    LM,
+    STAGES,
+    accelerator_for,
+    adamw,
+    assert_same_gradients,
+    assert_same_weights,
+    loss_of,
+    make,
+    tokens,
+    whole,
+)
+
+stages = pytest.mark.parametrize("stage", STAGES)
+
+
+def pair(stage, options=None, **settings):
+    """A prepared model and optimizer with rank 0's weights, and a plain reference with the same."""
+    accelerator = accelerator_for(stage, options, **settings)
+    model, reference = make(seed=accelerator.process_index), make(seed=0)
+    return accelerator, *accelerator.prepare(model, adamw(model)), reference, adamw(reference)
+
+
+def shares(step, accelerator):
+    x = tokens(step, 2 * accelerator.num_processes)
+    return x, x.chunk(accelerator.num_processes)
+
+
+# -- what a step uses --------------------------------------------------------------------------------------------------
+
+
+def steps(stage, uses, options=None, times=3):
+    """Train with the blocks that `uses` gives each rank; weights and gradients are one process's."""
+    accelerator, model, optimizer, reference, expected = pair(stage, options)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    for step in range(times):
+        _, parts = shares(step, accelerator)
+        accelerator.backward(loss_of(model(parts[rank], uses[rank]), parts[rank]))
+        (sum(loss_of(reference(parts[r], uses[r]), parts[r]) for r in range(size)) / size).backward()
+        assert_same_gradients(model, reference)
+        optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
+    assert_same_weights(model, reference)
+
+
+@stages
+def test_blocks_that_no_rank_uses_keep_no_gradient(stage):
+    run(2, steps, stage, [(0, 2), (0, 2)])
+
+
+@pytest.mark.parametrize("uses", [[(0, 1, 2), (0, 2)], [(0,), (2,)], [(0, 1, 2), ()]], ids=str)
+@stages
+def test_ranks_may_use_different_blocks(stage, uses):
+    run(2, steps, stage, uses)
+
+
+def test_zero3_gathers_once_where_ranks_use_different_blocks():
+    run(2, steps, "zero3", [(0, 1, 2), (0, 2)], {"reshard_after_forward": False})
+
+
+@stages
+def test_without_the_search_for_unused_parameters_all_is_used_right(stage):
+    run(2, steps, stage, [None, None], {"find_unused_parameters": False})
+
+
+class Branches(nn.Module):
+    """Uses `left` or `right`, as asked; `idle` never."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.idle = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, right):
+        return self.right(x) if right else self.left(x)
+
+
+def branches(stage):
+    accelerator = accelerator_for(stage)
+    rank = accelerator.process_index
+    model, reference = accelerator.prepare(make(model=Branches)), make(model=Branches)
+    for right in ((False, True), (False, False), (True, True)):
+        accelerator.backward(model(torch.ones(2, 4) + rank, right[rank]).square().mean())
+        (sum(reference(torch.ones(2, 4) + r, right[r]).square().mean() for r in range(2)) / 2).backward()
+        assert_same_gradients(model, reference)
+        model.zero_grad(), reference.zero_grad()
+
+
+@stages
+def test_ranks_may_use_different_parameters_of_a_group(stage):
+    run(2, branches, stage)
+
+
+def unreached(stage):
+    """On rank 1 the loss depends on no parameter of the model."""
+    accelerator = accelerator_for(stage)
+    model, reference = accelerator.prepare(make()), make()
+    x = tokens(0, 2)
+    logits = model(x)
+    accelerator.backward(loss_of(logits, x) if accelerator.is_main_process else torch.zeros((), requires_grad=True))
+    (loss_of(reference(x), x) / 2).backward()
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_a_rank_whose_loss_does_not_reach_the_model_takes_part(stage):
+    run(2, unreached, stage)
+
+
+def twice(stage):
+    """Two forwards and one backward, then one forward and two backwards."""
+    accelerator, model, _, reference, _ = pair(stage)
+    rank = accelerator.process_index
+    for losses in (
+        lambda m, x: [loss_of(m(x), x) + loss_of(m(x.flip(0)), x)],
+        lambda m, x: [loss_of(m(x), x), loss_of(m(x.flip(0)), x)],
+    ):
+        _, parts = shares(0, accelerator)
+        for loss in losses(model, parts[rank]):
+            accelerator.backward(loss)
+        sum(sum(losses(reference, part)) for part in parts).div(2).backward()
+        assert_same_gradients(model, reference)
+        model.zero_grad(), reference.zero_grad()
+
+
+@stages
+def test_several_forwards_and_backwards_add_up(stage):
+    run(2, twice, stage)
+
+
+# -- ways into a model -------------------------------------------------------------------------------------------------
+
+
+def parts_of_a_model(stage):
+    accelerator, model, _, reference, _ = pair(stage)
+    rank = accelerator.process_index
+    _, parts = shares(0, accelerator)
+
+    def logits(m, x):
+        hidden = m.embedding(x)
+        for block in m.blocks:
+            hidden = block(hidden)
+        return m.head(hidden)
+
+    for step in range(2):
+        accelerator.backward(loss_of(logits(model, parts[rank]), parts[rank]))
+        (sum(loss_of(logits(reference, part), part) for part in parts) / 2).backward()
+        assert_same_gradients(model, reference)
+        assert step or model(parts[rank]).shape == (2, 6, 37)  # a forward of the whole is still possible
+
+
+@stages
+def test_parts_of_a_model_can_be_called_on_their_own(stage):
+    run(2, parts_of_a_model, stage)
+
+
+def methods(stage):
+    accelerator, model, _, reference, _ = pair(stage, {"methods": ["score"]})
+    rank = accelerator.process_index
+    _, parts = shares(0, accelerator)
+    accelerator.backward(loss_of(model.score(parts[rank]), parts[rank]))
+    (sum(loss_of(reference.score(part), part) for part in parts) / 2).backward()
+    assert_same_gradients(model, reference)
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(parts[0]), reference.score(parts[0]))
+    with pytest.raises(PrepareError, match=rf"strategies\.{stage}\.methods: it has no method 'generate'"):
+        accelerator_for(stage, {"methods": ["generate"]}).prepare(make())
+
+
+@stages
+def test_methods_named_in_the_settings_find_parameters_whole(stage):
+    run(2, methods, stage)
+
+
+def evaluation(stage):
+    """Evaluate, step, evaluate again: the second sees the new weights. Parameters are always divided ones."""
+    accelerator, model, optimizer, reference, expected = pair(stage)
+    rank = accelerator.process_index
+    kinds = set()
+    for step in range(2):
+        x, parts = shares(step, accelerator)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(model.eval()(x), reference.eval()(x))
+            kinds |= {type(p.data).__name__ for p in model.parameters()}
+        model.train()
+        logits = model(parts[rank])
+        kinds |= {type(p.data).__name__ for p in model.parameters()}
+        accelerator.backward(loss_of(logits, parts[rank]))
+        (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+        kinds |= {type(p.data).__name__ for p in model.parameters()}
+        optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
+    assert kinds == {"DTensor"}
+
+
+@stages
+def test_evaluation_sees_what_the_optimizer_made(stage):
+    run(2, evaluation, stage)
+
+
+def failing_forward(stage):
+    accelerator, model, _, reference, _ = pair(stage)
+    _, parts = shares(0, accelerator)
+    with pytest.raises(IndexError):
+        model(torch.full((2, 6), 1000))
+    accelerator.backward(loss_of(model(parts[accelerator.process_index]), parts[accelerator.process_index]))
+    (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_training_goes_on_after_a_forward_that_raised(stage):
+    run(2, failing_forward, stage)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def clipping(stage):
+    accelerator, model, _, reference, _ = pair(stage)
+    rank = accelerator.process_index
+    _, parts = shares(0, accelerator)
+    accelerator.backward(loss_of(model(parts[rank]), parts[rank]))
+    (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+    for kind in (2.0, float("inf"), 1.0):
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.5 / kind, norm_type=kind)
+        assert type(norm) is torch.Tensor
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.5 / kind, norm_type=kind))
+        assert_same_gradients(model, reference)
+    theirs = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    assert float(theirs) == pytest.approx(float(nn.utils.clip_grad_norm_(reference.parameters(), 0.01)), rel=1e-6)
+    accelerator.clip_grad_value_(model.parameters(), 1e-3)
+    nn.utils.clip_grad_value_(reference.parameters(), 1e-3)
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_clipping_is_by_the_norm_over_all_ranks(stage):
+    run(2, clipping, stage)
+
+
+def bare_backward(stage):
+    accelerator, model, optimizer, reference, expected = pair(stage)
+    rank = accelerator.process_index
+    for step in range(2):
+        _, parts = shares(step, accelerator)
+        loss_of(model(parts[rank]), parts[rank]).backward()
+        (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+        assert_same_gradients(model, reference)
+        optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
+    assert_same_weights(model, reference)
+
+
+@stages
+def test_a_bare_backward_exchanges(stage):
+    run(2, bare_backward, stage)
+
+
+def discarding(stage):
+    """`model.zero_grad` between forward and backward, and after gradients that were never exchanged."""
+    accelerator, model, _, reference, _ = pair(stage)
+    rank = accelerator.process_index
+    _, parts = shares(0, accelerator)
+    with accelerator.no_sync(model):
+        accelerator.backward(loss_of(model(parts[rank]), parts[rank]))
+    for _ in range(2):
+        loss = loss_of(model(parts[rank]), parts[rank])
+        model.zero_grad()
+        accelerator.backward(loss)
+    (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_zero_grad_of_the_model_discards_all_gradients(stage):
+    run(2, discarding, stage)
+
+
+def overflow(stage):
+    accelerator, model, optimizer, _, _ = pair(stage, mixed_precision="fp16")
+    before = accelerator.get_state_dict(model)
+    x = tokens(0, 2)
+    loss = loss_of(model(x), x)
+    accelerator.backward(loss * float("inf") if accelerator.process_index == 1 else loss)
+    optimizer.step()
+    after = accelerator.get_state_dict(model)
+    return accelerator.optimizer_step_was_skipped, all(torch.equal(before[name], after[name]) for name in before)
+
+
+@stages
+def test_an_overflow_on_one_rank_skips_the_step_on_all(stage):
+    assert run(2, overflow, stage) == [(True, True)] * 2
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+
+def states(stage):
+    accelerator, model, optimizer, *_ = pair(stage)
+    other = make(seed=5)
+    x = tokens(0, 2)
+    loss_of(other(x), x).backward()
+    other_optimizer = adamw(other)
+    other_optimizer.step()
+    model.load_state_dict(other.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(other_optimizer.state_dict()))
+    found = accelerator.get_state_dict(model)
+    assert list(found) == list(other.state_dict())
+    for name, value in other.state_dict().items():
+        assert type(found[name]) is torch.Tensor and torch.equal(found[name], value), name
+    other.zero_grad()
+    accelerator.backward(loss_of(model(x), x))
+    loss_of(other(x), x).backward()
+    optimizer.step(), other_optimizer.step()
+    assert_same_weights(model, other)
+    for state in (model.state_dict(), optimizer.state_dict()):
+        copy.deepcopy(state)
+        with pytest.raises(CheckpointError, match=r"get_state_dict\(model\)"):
+            torch.save(state, io.BytesIO())
+
+
+@stages
+def test_whole_states_load_and_divided_ones_are_not_pickled(stage):
+    run(2, states, stage)
+
+
+def save(stage, folder):
+    accelerator, model, optimizer, *_ = pair(stage) if stage != "ddp" else plain_pair()
+    for step in range(2):
+        train_one(accelerator, model, optimizer, step)
+    accelerator.save_state(folder)
+    train_one(accelerator, model, optimizer, 2)
+    return accelerator.get_state_dict(model)
+
+
+def load(stage, folder):
+    accelerator, model, optimizer, *_ = pair(stage) if stage != "ddp" else plain_pair()
+    accelerator.load_state(folder)
+    train_one(accelerator, model, optimizer, 2)
+    return accelerator.get_state_dict(model)
+
+
+def plain_pair():
+    accelerator, model = Accelerator(device="cpu"), make(seed=3)
+    return accelerator, *accelerator.prepare(model, adamw(model))
+
+
+def train_one(accelerator, model, optimizer, step):
+    x = tokens(step, 8).chunk(accelerator.num_processes)[accelerator.process_index]
+    accelerator.backward(loss_of(model(x), x))
+    optimizer.step(), optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero3", "ddp"), ("ddp", "zero2"), ("zero1", "zero3")])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 2), (2, 1)])
+def test_a_checkpoint_loads_under_another_strategy_and_number_of_processes(before, after, n, m, tmp_path):
+    expected = run(n, save, before, tmp_path / "state")[0]
+    found = run(m, load, after, tmp_path / "state")[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def averages(stage):
+    """An EMA of the weights: a copy made before prepare, prepared too."""
+    accelerator = accelerator_for(stage)
+    model = make()
+    ema = copy.deepcopy(model).requires_grad_(False)
+    model, ema, optimizer = accelerator.prepare(model, ema, adamw(model))
+    with pytest.raises(PrepareError, match=r"copy\.deepcopy: this LM is divided .* copy it before"):
+        copy.deepcopy(model)
+    train_one(accelerator, model, optimizer, 0)
+    with torch.no_grad():
+        for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+            average.lerp_(parameter, 0.5)
+        ema(tokens(0, 2))
+    start, trained, found = make().state_dict(), accelerator.get_state_dict(model), accelerator.get_state_dict(ema)
+    for name in start:
+        torch.testing.assert_close(found[name], (start[name] + trained[name]) / 2)
+
+
+@stages
+def test_an_average_of_the_weights_is_a_model_prepared_beside(stage):
+    run(2, averages, stage)
+
+
+def adversaries(stage):
+    """Two models and two optimizers: each phase steps one of them."""
+    accelerator = accelerator_for(stage)
+    rank = accelerator.process_index
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 1)]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.1) for net in nets]
+    expected_nets = copy.deepcopy(nets)
+    expected = [torch.optim.Adam(net.parameters(), lr=0.1) for net in expected_nets]
+    make_, judge, make_optimizer, judge_optimizer = accelerator.prepare(*nets, *optimizers)
+    other_make, other_judge = expected_nets
+    data = [torch.randn(3, 4) for _ in range(2)]
+    for _ in range(3):
+        judge_optimizer.zero_grad(), expected[1].zero_grad()
+        accelerator.backward(judge(make_(data[rank]).detach()).mean())
+        (sum(other_judge(other_make(x).detach()).mean() for x in data) / 2).backward()
+        judge_optimizer.step(), expected[1].step()
+        make_optimizer.zero_grad(), expected[0].zero_grad()
+        accelerator.backward(-judge(make_(data[rank])).mean())
+        (-sum(other_judge(other_make(x)).mean() for x in data) / 2).backward()
+        make_optimizer.step(), expected[0].step()
+    for mine, theirs in zip(nets, expected_nets, strict=True):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(whole(a), b, rtol=1e-5, atol=1e-6)
+
+
+@stages
+def test_two_models_and_two_optimizers(stage):
+    run(2, adversaries, stage)
+
+
+def late_optimizer(stage):
+    """Steps before prepare, prepared apart from its model, a group added later."""
+    accelerator = accelerator_for(stage)
+    model, reference = make(tied=False), make(tied=False)
+    mine, theirs = adamw(model.blocks), adamw(reference.blocks)
+    x = tokens(0, 4)
+    for m, o in ((model, mine), (reference, theirs)):
+        loss_of(m(x), x).backward()
+        o.step(), m.zero_grad()
+    accelerator.prepare(model)
+    accelerator.prepare(mine)
+    mine.add_param_group({"params": list(model.head.parameters()), "lr": 1e-3})
+    theirs.add_param_group({"params": list(reference.head.parameters()), "lr": 1e-3})
+    for step in range(2):
+        x, parts = shares(step, accelerator)
+        accelerator.backward(loss_of(model(parts[accelerator.process_index]), parts[accelerator.process_index]))
+        (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+        mine.step(), theirs.step(), model.zero_grad(), reference.zero_grad()
+    assert isinstance(model, LM)
+    assert_same_weights(model, reference)
+
+
+@stages
+def test_an_optimizer_with_state_prepared_apart_and_given_a_group_later(stage):
+    run(2, late_optimizer, stage)
+
+
+class Views(nn.Module):
+    """Blocks, and a model, whose outputs are views; each is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            residual = x
+            x = block(x)
+            x += residual
+        return self.head(x)
+
+
+def changed_in_place(stage):
+    accelerator = accelerator_for(stage)
+    rank = accelerator.process_index
+    model, reference = accelerator.prepare(make(model=Views)), make(model=Views)
+    x = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss(m, part):
+        output = m(part)
+        output *= 2.0
+        return output.square().mean()
+
+    accelerator.backward(loss(model, x[rank]))
+    (sum(loss(reference, part) for part in x) / 2).backward()
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_outputs_may_be_changed_in_place(stage):
+    run(2, changed_in_place, stage)
