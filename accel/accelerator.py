@@ -155,12 +155,14 @@ class Accelerator(Saving):
     def end_training(self) -> None:
         """Finish the trackers and leave the process group; all ranks. Happens by itself when the script ends."""
         self._finish_trackers()
-        self._checkpoints.wait()
-        self.wait_for_everyone()
-        self.free_memory()
-        if self._preemption:
-            self._preemption.close()
-        leave()
+        try:
+            self._checkpoints.wait()
+        finally:
+            self.wait_for_everyone()
+            self.free_memory()
+            if self._preemption:
+                self._preemption.close()
+            leave()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared, and give back the device's unused memory; returns a None for each object."""
