@@ -51,7 +51,7 @@ class Launch:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=_hear_ctrl_c,
+                preexec_fn=hear_ctrl_c,
                 start_new_session=start_new_session,
             )
         self.started.append(process)
@@ -69,7 +69,7 @@ class Launch:
         return sorted(int(path.suffix[1:]) for path in self.folder.glob(f"{name}.*"))
 
 
-def _hear_ctrl_c() -> None:
+def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests may themselves run where it is ignored
 
 

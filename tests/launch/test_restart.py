@@ -94,8 +94,8 @@ def test_signals_to_the_launcher_reach_the_workers(launch: Launch, number: signa
 
 def test_the_time_limit_counts_over_all_attempts(launch: Launch) -> None:
     source = COUNTS + textwrap.dedent("""
-    from accel.config import Config
-    mark(f"limit{attempt}", str(Config.current().time_limit))
+    from accel.config import current_config
+    mark(f"limit{attempt}", str(current_config().time_limit))
     time.sleep(0.7)
     sys.exit(75)
     """)

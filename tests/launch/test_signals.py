@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import QUICK, Launch, Running, running, wait_until
+from .conftest import QUICK, Launch, Running, hear_ctrl_c, running, wait_until
 
 SLEEP = "mark('up')\ntime.sleep(60)\n"
 CHILDREN = "import subprocess; mark('child', str(subprocess.Popen(['sleep', '60']).pid))\n"
@@ -131,6 +131,7 @@ def test_ctrl_c_in_a_terminal(launch: Launch) -> None:
     path = launch.script(source)
     child, terminal = pty.fork()
     if not child:
+        hear_ctrl_c()
         os.chdir(launch.folder)
         os.environ.update(XDG_CONFIG_HOME=str(launch.folder), MARKS=str(launch.folder))
         import sys
