@@ -120,7 +120,6 @@ def within(module: str, packages: set[str]) -> bool:
 
 def test_reading_of_imports() -> None:
     assert Import("accel.errors", True) in imports("accel.config.parse")
-    assert Import("accel.config.sources", False) in imports("accel.config.settings")
     assert Import("torch", False) in imports("accel.interfaces.precision")
     assert part("accel.runtime.world") == "runtime"
 

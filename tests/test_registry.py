@@ -164,7 +164,7 @@ MISFITS = {
         "class Plugin(Strategy):\n    axis = 'batch'",
         "axis must be of type Axis, like <Axis.DATA: 'data'>; got 'batch'",
     ),
-    "abstract": ("checkpoint", "class Plugin(Checkpoint): pass", "it must define load, save"),
+    "abstract": ("checkpoint", "class Plugin(Checkpoint): pass", "it must define layout, places"),
 }
 
 
