@@ -13,10 +13,10 @@ from .. import registry
 from ..config import Config, current_config
 from ..config.translation import PluginOptions, Translation, add_options, combine
 from ..errors import ConfigError
-from .state import DistributedType
+from .state import Placed
 
 
-class Accelerator(core.Accelerator):
+class Accelerator(core.Accelerator, Placed):
     """The core's `Accelerator`, which also understands what scripts say to the one of Hugging Face Accelerate.
 
     Takes every setting of `Config` by name. Objects such as `DeepSpeedPlugin` stand for settings; two that
@@ -63,16 +63,6 @@ class Accelerator(core.Accelerator):
     def state(self) -> Accelerator:
         """What other libraries keep apart: the place of this process. Here the accelerator knows it itself."""
         return self
-
-    @property
-    def distributed_type(self) -> DistributedType:
-        """NO, or MULTI_ and the kind of device."""
-        return DistributedType.of(self)
-
-    @property
-    def use_distributed(self) -> bool:
-        """Whether there are several processes."""
-        return self.num_processes > 1
 
     @property
     def mixed_precision(self) -> str:

@@ -34,7 +34,21 @@ class DistributedType(StrEnum):
         return cls(f"MULTI_{kind}")
 
 
-class PartialState(Process):
+class Placed(Process):
+    """What other libraries call the kind of run that a process takes part in."""
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """NO, or MULTI_ and the kind of device."""
+        return DistributedType.of(self)
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there are several processes."""
+        return self.num_processes > 1
+
+
+class PartialState(Placed):
     """This process's place among all, and its dealings with them; made by all ranks."""
 
     def __init__(self, cpu: bool = False) -> None:
@@ -47,16 +61,6 @@ class PartialState(Process):
 
     def data_group(self) -> ProcessGroup | None:
         return self.world.group()
-
-    @property
-    def distributed_type(self) -> DistributedType:
-        """NO, or MULTI_ and the kind of device."""
-        return DistributedType.of(self)
-
-    @property
-    def use_distributed(self) -> bool:
-        """Whether there are several processes."""
-        return self.num_processes > 1
 
     @property
     def initialized(self) -> bool:

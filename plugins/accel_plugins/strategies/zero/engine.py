@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
+from accel.runtime.collectives import broadcast_in_place
 from accel.runtime.nested import map_tensors
 
 from .blocks import find_blocks
@@ -24,9 +25,6 @@ from .recompute import checkpoint_activations
 
 if TYPE_CHECKING:
     from .strategy import Zero
-
-_BROADCAST_BYTES = 250 << 20
-"""Tensors are broadcast in lots of this many bytes, as torch's own DDP does it."""
 
 
 class ShardedModel:
@@ -161,7 +159,7 @@ class ShardedModel:
     def _broadcast(self, tensors: list[Tensor]) -> None:
         if self.strategy.mesh.size > 1 and tensors:
             local = [t.to_local() if isinstance(t, DTensor) else t for t in (tensor.detach() for tensor in tensors)]
-            dist._broadcast_coalesced(self.strategy.mesh.group, local, _BROADCAST_BYTES, 0)  # type: ignore[attr-defined]
+            broadcast_in_place(local, self.strategy.mesh.group)
 
     def _refuse_copies(self) -> None:
         """Say what to call instead of copying a divided model, which torch cannot."""
