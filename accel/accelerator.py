@@ -19,6 +19,7 @@ from .errors import ConfigError, LaunchError, PrepareError
 from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
 from .plan import Plan
 from .runtime import collectives
+from .runtime.describe import Description, describe
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
@@ -124,6 +125,14 @@ class Accelerator(Saving):
         loader = self._active[-1] if self._active else None
         return gather_for_metrics(input_data, loader, self.data_group(), use_gather_object)
 
+    def describe(self, model: nn.Module) -> Description:
+        """How a prepared model is held: its dtypes, the mesh, and what each strategy made of which part, and why.
+
+        `print` it, or read its fields. Any rank; each describes what it holds itself.
+        """
+        self._part(model, "describe")
+        return describe(model, self.strategies, self.precision, self.plan.sizes)
+
     def unwrap_model(self, model: nn.Module, *ignored: Any, **options: Any) -> nn.Module:
         """The user's own model. `prepare` works in place, so this is the model itself."""
         return model
@@ -187,7 +196,7 @@ class Accelerator(Saving):
         """Whether any process has set the trigger since the last check; all ranks. Resets it."""
         flag = torch.tensor(int(self._trigger), device=self.device)
         self._trigger = False
-        return bool(collectives.reduce(flag, self.data_group(), "sum").item())
+        return bool(collectives.reduce(flag, self.world.group(), "sum").item())
 
     def _connect(self) -> None:
         self.world.connect(self.hardware.collectives, self.config.timeout)

@@ -22,6 +22,9 @@ class Steppable(Protocol):
     def step(self, closure: Any = None) -> Any:
         """Update the parameters from their gradients."""
 
+    def on_any_process(self, flag: Tensor) -> Tensor:
+        """The largest value of a scalar on any process that holds other gradients; they all call it."""
+
 
 class Precision:
     """Plain fp32; a plugin overrides what it changes."""

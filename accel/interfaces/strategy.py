@@ -58,7 +58,8 @@ class Strategy:
     """Leaves everything as it is; a plugin overrides what it changes.
 
     All methods are called by all ranks. A strategy changes models in place: it may replace parameters, but
-    `named_parameters()` keeps the user's names. Parameters of which a process holds only a part are DTensors.
+    `named_parameters()` keeps the user's names. Parameters of which a process holds only a part are DTensors;
+    those of which it holds nothing, because others along the axis do, are `accel.runtime.shards.Elsewhere`.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,15 @@ class Strategy:
 
     axis: ClassVar[Axis] = Axis.DATA
     """The mesh axis that this strategy fills. A run has at most one strategy on each."""
+
+    splits_backward: ClassVar[bool] = False
+    """Whether a backward pass reaches parameters in several passes of its own.
+
+    The other strategies then exchange nothing while it runs, but once in `exchange` when it is over.
+    """
+
+    places_parameters: ClassVar[bool] = False
+    """Whether processes along the axis hold different parameters, each of them whole."""
 
     def __init__(self, options: Any, mesh: AxisMesh, device: torch.device, precision: Precision) -> None:
         self.options, self.mesh, self.device, self.precision = options, mesh, device, precision
@@ -93,6 +103,11 @@ class Strategy:
         Called when an optimizer is prepared, and again for those at hand when a model is.
         """
 
+    @property
+    def reduce_dtype(self) -> str | None:
+        """Name of the torch dtype in which gradients are exchanged; None if in that of the parameters."""
+        return None
+
     def before_forward(self, model: nn.Module) -> None:
         """Called at the start of each outermost forward call of a prepared model."""
 
@@ -107,6 +122,9 @@ class Strategy:
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
         """Called after each such backward pass."""
 
+    def exchange(self, model: nn.Module) -> None:
+        """Exchange the gradients that earlier passes have added up, without a pass of its own."""
+
     def settle(self, model: nn.Module) -> None:
         """Called before gradients that came from a bare `loss.backward()` are used.
 
@@ -115,6 +133,17 @@ class Strategy:
 
     def after_step(self, model: nn.Module) -> None:
         """Called after an optimizer has changed parameters of the model."""
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether this process counts a parameter of which it holds all, among those along the axis that do.
+
+        Exactly one says yes, so that a norm over all processes has each parameter once.
+        """
+        return True
+
+    def describe(self, model: nn.Module) -> dict[str, str]:
+        """How the model is held and why: name of a module or parameter -> a few words. For people."""
+        return {}
 
     def release(self) -> None:
         """Forget all models."""

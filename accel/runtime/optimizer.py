@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..errors import PrepareError
@@ -23,7 +24,8 @@ class OptimizerPart(Part):
     """What accel knows of one prepared optimizer, and what a precision sees of it: see `accel.interfaces.Steppable`.
 
     `explicit` is the window that `Accelerator.accumulate` counts. `before_step` is called with this part before
-    gradients are used, `after_step` when parameters have changed.
+    gradients are used, `after_step` when parameters have changed. `on_any_process` reduces a flag; its second
+    argument says whether this optimizer's parameters are divided among processes.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class OptimizerPart(Part):
         explicit: ExplicitWindow,
         before_step: Callable[[OptimizerPart], None],
         after_step: Callable[[OptimizerPart], None],
+        on_any_process: Callable[[Tensor, bool], Tensor],
     ) -> None:
         super().__init__()
         self.optimizer, self.precision, self.explicit = optimizer, precision, explicit
         self.before_step, self.after_step = before_step, after_step
+        self._on_any_process = on_any_process
         self.window = Window(explicit.length, explicit.sources)
         self.calls = 0
         self.steps = 0
@@ -56,6 +60,10 @@ class OptimizerPart(Part):
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
         return inner() if closure is None else inner(closure)
+
+    def on_any_process(self, flag: Tensor) -> Tensor:
+        """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""
+        return self._on_any_process(flag, any(isinstance(parameter, DTensor) for parameter in self.parameters()))
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of all groups."""

@@ -9,11 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
+
+
+class Elsewhere(nn.Parameter):
+    """A parameter that other processes hold: its name, shape, dtype and no values (it is on the meta device).
+
+    It never has a gradient, so that optimizers leave it out by themselves; so do clipping, exchange and checkpoints.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> Elsewhere:
+        return torch.Tensor._make_subclass(cls, data.detach().to("meta"), requires_grad)
 
 
 def divide_like(value: Any, model: Tensor) -> Any:
@@ -26,6 +37,26 @@ def divide_like(value: Any, model: Tensor) -> Any:
     if value.shape != model.shape or not value.dim():
         return value
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
+def held_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of which this process holds all or part, each once."""
+    return [parameter for parameter in model.parameters() if not isinstance(parameter, Elsewhere)]
+
+
+def held_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, detached and plain; it shares its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_part(part: Tensor, model: Tensor) -> Tensor:
+    """A plain tensor as the part that this process holds of one laid out as `model` is; it shares its memory."""
+    if not isinstance(model, DTensor):
+        return part
+    return DTensor.from_local(
+        part, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
+    )
 
 
 def accept_whole_model_states(model: nn.Module) -> None:

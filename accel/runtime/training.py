@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import Config
@@ -15,6 +15,7 @@ from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
 from .boundary import Boundaries
+from .clipping import redirect_torch, total_norm
 from .gradients import ExplicitWindow
 from .loader import PreparedLoader
 from .model import ModelPart, model_part, prepare_model, rebind
@@ -36,6 +37,7 @@ class Training(Process):
         self._models: list[ModelPart] = []
         self._optimizers: list[OptimizerPart] = []
         self._replaced: dict[int, nn.Parameter] = {}
+        redirect_torch(self.strategies, lambda: [part.model for part in self._models])
         self._verified: dict[int, int] = {}
         self._closing = self._window.length == 1
         self._boundaries = Boundaries(
@@ -72,7 +74,9 @@ class Training(Process):
         """Prepare one optimizer, in place, made before or after its model was prepared."""
         if optimizer_part(optimizer) is None:
             rebind(optimizer, self._replaced)
-            part = OptimizerPart(optimizer, self.precision, self._window, self._before_step, self._after_step)
+            part = OptimizerPart(
+                optimizer, self.precision, self._window, self._before_step, self._after_step, self._on_any_process
+            )
             self._check_optimizer(optimizer)
             prepare_optimizer(optimizer, part)
             self._optimizers.append(part)
@@ -152,15 +156,30 @@ class Training(Process):
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         self._closing = self._closes()
         exchanges = [self._exchanges(part) for part in self._models]
-        for part, exchange in zip(self._models, exchanges, strict=True):
-            for strategy in self.strategies:
-                scaled = strategy.before_backward(part.model, scaled, exchange)
+        scaled = self._before_backward(scaled, exchanges)
         scaled.backward(**options)  # type: ignore[no-untyped-call]
+        self._after_backward(exchanges)
+        self._mark_gradients()
+
+    def _before_backward(self, loss: Tensor, exchanges: Sequence[bool]) -> Tensor:
         for part, exchange in zip(self._models, exchanges, strict=True):
             for strategy in self.strategies:
-                strategy.after_backward(part.model, exchange)
+                now = exchange and not self._exchanges_afterwards(strategy)
+                loss = strategy.before_backward(part.model, loss, now)
+        return loss
+
+    def _after_backward(self, exchanges: Sequence[bool]) -> None:
+        for part, exchange in zip(self._models, exchanges, strict=True):
+            for strategy in self.strategies:
+                later = self._exchanges_afterwards(strategy)
+                strategy.after_backward(part.model, exchange and not later)
+                if exchange and later:
+                    strategy.exchange(part.model)
             part.arrivals.clear()
-        self._mark_gradients()
+
+    def _exchanges_afterwards(self, strategy: Strategy) -> bool:
+        """Whether another strategy splits the backward pass, so that this one must wait for the end of all parts."""
+        return not strategy.splits_backward and any(other.splits_backward for other in self.strategies)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale gradients so that their norm over all processes is at most `max_norm`; returns the norm before.
@@ -169,8 +188,9 @@ class Training(Process):
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         limit = max_norm if self._finish_gradients(parameters) else float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit, norm_type=norm_type)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = total_norm(parameters, norm_type, self.strategies)
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clamp each element of the gradients to [-clip_value, clip_value]; not in the middle of a window."""
@@ -288,6 +308,12 @@ class Training(Process):
                 strategy.after_step(model.model)
         if self.precision.scales_loss:
             self.precision.update([o for o in self._optimizers if not (o.spent or o.unscaled) and o.has_gradients()])
+
+    def _on_any_process(self, flag: Tensor, divided: bool) -> Tensor:
+        """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""
+        if self.world.size > 1 and (divided or any(strategy.places_parameters for strategy in self.strategies)):
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag
 
     def _verify(self, part: OptimizerPart) -> None:
         """Raise PrepareError if the optimizer steps parameters that nobody exchanges or converts."""

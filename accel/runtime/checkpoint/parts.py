@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ...errors import CheckpointError
 from ...interfaces import Entry
 from ...storage import CHUNK, Geometry
+from ..shards import held_part
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ def box_of(name: str, tensor: Tensor) -> Box:
 
 def local_of(tensor: Tensor) -> Tensor:
     """What this process holds, as a plain tensor that shares its memory."""
-    tensor = tensor.detach()
-    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.resolve_conj().resolve_neg()
+    return held_part(tensor).resolve_conj().resolve_neg()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -77,10 +77,11 @@ class FP16(Autocast):
         import torch
 
         overflowed = torch.zeros((), device=self.device)
-        inverse = torch.full((), 1 / self.loss_scale, device=self.device)
-        for gradients in _gradients_by_kind(optimizer).values():
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflowed, inverse)
-        self._overflowed[id(optimizer)] = overflowed
+        for (device, _), gradients in _gradients_by_kind(optimizer).items():
+            found, inverse = torch.zeros((), device=device), torch.full((), 1 / self.loss_scale, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
+            overflowed = torch.maximum(overflowed, found.to(self.device))
+        self._overflowed[id(optimizer)] = optimizer.on_any_process(overflowed)
 
     def step(self, optimizer: Steppable, unscaled: bool, closure: Any = None) -> tuple[bool, Any]:
         if closure is not None:
@@ -128,11 +129,13 @@ class FP16(Autocast):
 
 
 def _gradients_by_kind(optimizer: Steppable) -> dict[Any, list[Tensor]]:
-    """The optimizer's gradients in lists that torch's foreach operations take: one type, device and dtype each."""
+    """What this process holds of the gradients, in lists that torch's foreach operations take: one device and dtype."""
+    from accel.runtime.shards import held_part
+
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                gradient = parameter.grad
-                kinds[type(gradient), gradient.device, gradient.dtype].append(gradient)
+                gradient = held_part(parameter.grad)
+                kinds[gradient.device, gradient.dtype].append(gradient)
     return kinds

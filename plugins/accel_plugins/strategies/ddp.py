@@ -72,6 +72,10 @@ class DDP(Strategy):
         if model in self._replicas:
             self._replicas[model].finish(exchange, alone=len(self._replicas) == 1)
 
+    def exchange(self, model: nn.Module) -> None:
+        if model in self._replicas:
+            self._replicas[model].exchange()
+
     def settle(self, model: nn.Module) -> None:
         if model in self._replicas:
             self._replicas[model].check_exchanged()
@@ -92,7 +96,11 @@ class DDP(Strategy):
 
 
 class _Replica:
-    """One model and its reducer, armed at rest too, so that a bare `loss.backward()` exchanges as well."""
+    """One model and its reducer, armed at rest too, so that a bare `loss.backward()` exchanges as well.
+
+    Torch's reducer takes no DTensors, which another axis makes. It is then given leaves of its own that share their
+    memory, and exchanges when backward is over.
+    """
 
     def __init__(self, model: nn.Module, strategy: DDP) -> None:
         self.model, self.strategy, self.options = model, strategy, strategy.options
@@ -102,11 +110,15 @@ class _Replica:
     def _build(self) -> None:
         """Broadcast rank 0's weights and make a reducer for the parameters that train now; all ranks."""
         from accel.runtime.collectives import broadcast_in_place
+        from accel.runtime.shards import held_parameters, held_part
 
-        state = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        held = held_parameters(self.model)
+        state = [held_part(tensor) for tensor in (*held, *self.model.buffers())]
         broadcast_in_place(state, self.strategy.mesh.group)
         self._trains = [parameter.requires_grad for parameter in self.model.parameters()]
-        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._trained = [parameter for parameter in held if parameter.requires_grad]
+        self._leaves = self._make_leaves()
+        self._divided = self._leaves is not self._trained
         self._ddp = self._wrap() if self._trained else None
         self._first_static = self.options.static_graph
         for hook in getattr(self, "_hooks", ()):
@@ -118,12 +130,25 @@ class _Replica:
         ]
         self._rest()
 
+    def _make_leaves(self) -> list[nn.Parameter]:
+        """What the reducer sees: the parameters themselves, unless some are divided along another axis."""
+        from torch import nn
+        from torch.distributed.tensor import DTensor
+
+        from accel.runtime.shards import held_part
+
+        if not any(isinstance(parameter, DTensor) for parameter in self._trained):
+            return self._trained
+        if self.options.static_graph:
+            raise PrepareError("strategies.ddp.static_graph: sees no divided parameters; leave it off beside tensor")
+        return [nn.Parameter(held_part(parameter)) for parameter in self._trained]
+
     def _wrap(self) -> DistributedDataParallel:
         from torch import nn
         from torch.nn.parallel import DistributedDataParallel
 
         holder = nn.Module()  # of which the reducer sees the parameters; its forward is never called
-        holder.model = self.model
+        holder.leaves = nn.ParameterList(self._leaves)
         return DistributedDataParallel(
             holder,
             process_group=self.strategy.mesh.group,
@@ -143,13 +168,14 @@ class _Replica:
         reducer = self._ddp.reducer
         reducer._reset_state()
         if exchange or self._first_static:  # static_graph learns from one exchange, even in the middle of a window
-            reducer._rebuild_buckets()
-            reducer.prepare_for_forward()
-            reducer.prepare_for_backward([])
+            self._expect()
 
     def finish(self, exchange: bool, alone: bool) -> None:
         """After backward: what is still owed to the exchange, the buffers, and back to rest."""
         if self._ddp is None:
+            return
+        if self._divided and exchange:
+            self.exchange()
             return
         if self._first_static:
             self._ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined]
@@ -167,6 +193,9 @@ class _Replica:
         """Raise PrepareError if a bare backward left gradients that were not exchanged."""
         if self._ddp is None:
             return
+        if self._divided:
+            self.exchange()
+            return
         if self.options.static_graph:
             raise PrepareError(
                 "loss.backward(): is not seen by strategies.ddp.static_graph; call accelerator.backward(loss)"
@@ -178,6 +207,46 @@ class _Replica:
         self._broadcast_buffers()
         self._rest()
 
+    def exchange(self) -> None:
+        """Exchange what `.grad` holds, after backward. A pass of negative zeros, which add nothing, sets it off."""
+        if self._ddp is None:
+            return
+        self._ddp.reducer._reset_state()
+        self._expect()
+        self._arrived.clear()
+        if self._divided:
+            self._lend_gradients()
+        self._contribute_unused()
+        if self._divided:
+            self._take_gradients()
+        self._check_finalized("exchange: torch's reducer did not finish; this is a bug of accel, please report it")
+        self._broadcast_buffers()
+        self._rest()
+
+    def _expect(self) -> None:
+        """Let the reducer exchange in the coming pass."""
+        assert self._ddp is not None
+        self._ddp.reducer._rebuild_buckets()
+        self._ddp.reducer.prepare_for_forward()
+        self._ddp.reducer.prepare_for_backward([])
+
+    def _lend_gradients(self) -> None:
+        from accel.runtime.shards import held_part
+
+        for parameter, leaf in zip(self._trained, self._leaves, strict=True):
+            gradient: Any = parameter.grad
+            if gradient is not None:
+                placements = getattr(parameter, "placements", None)
+                if placements != getattr(gradient, "placements", None):  # such as sums that are not complete
+                    gradient = gradient.redistribute(placements=placements)
+            leaf.grad = None if gradient is None else held_part(gradient)
+
+    def _take_gradients(self) -> None:
+        from accel.runtime.shards import like_part
+
+        for parameter, leaf in zip(self._trained, self._leaves, strict=True):
+            parameter.grad = None if leaf.grad is None else like_part(leaf.grad, parameter)
+
     def _contribute_unused(self) -> None:
         """Take part in the exchange of the parameters that this rank's backward did not reach.
 
@@ -187,7 +256,7 @@ class _Replica:
         import torch
 
         reached = set(map(id, self._arrived))
-        unused = [parameter for parameter in self._trained if id(parameter) not in reached]
+        unused = [leaf for leaf in self._leaves if id(leaf) not in reached]
         if not unused:
             return
         empty = [parameter for parameter in unused if parameter.grad is None]

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place
 from accel.runtime.nested import map_tensors
+from accel.runtime.shards import Elsewhere, held_parameters, held_part
 
 from .blocks import find_blocks
 from .comm import improve_collectives
@@ -37,9 +38,10 @@ class ShardedModel:
         self._improve_blocks(blocks)
         if not self._divides:
             return
-        self._broadcast([*model.parameters(), *model.buffers()])
-        if next(model.parameters(), None) is None:
+        self._broadcast([*held_parameters(model), *model.buffers()])
+        if not held_parameters(model):
             return
+        blocks = [block for block in blocks if held_parameters(block)]
         self._shard(blocks)
         self.groups = Groups(model, self._gather_dtype)
         self.exchange = Exchange(self.groups, strategy.mesh.group, strategy.options.find_unused_parameters)
@@ -63,6 +65,12 @@ class ShardedModel:
             self.exchange.end(alone)
         if exchange:
             self.broadcast_buffers()
+
+    def exchange_held(self) -> None:
+        """Exchange the gradients that earlier passes have added up, without a pass of its own."""
+        if self.exchange is not None:
+            self.exchange.run()
+        self.broadcast_buffers()
 
     def broadcast_buffers(self) -> None:
         """Give every process rank 0's buffers."""
@@ -117,6 +125,7 @@ class ShardedModel:
                 reduce_dtype=getattr(torch, self.options.reduce_dtype), cast_forward_inputs=False
             ),
             "offload_policy": self._offload_policy(),
+            "ignored_params": {p for p in self.model.parameters() if isinstance(p, Elsewhere)},
         }
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # see `_own_outputs`
         for block in blocks:
@@ -158,8 +167,8 @@ class ShardedModel:
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
         if self.strategy.mesh.size > 1 and tensors:
-            local = [t.to_local() if isinstance(t, DTensor) else t for t in (tensor.detach() for tensor in tensors)]
-            broadcast_in_place(local, self.strategy.mesh.group)
+            held = [held_part(tensor) for tensor in tensors]
+            broadcast_in_place(held, self.strategy.mesh.group)
 
     def _refuse_copies(self) -> None:
         """Say what to call instead of copying a divided model, which torch cannot."""

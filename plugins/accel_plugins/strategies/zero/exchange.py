@@ -79,6 +79,12 @@ class Exchange:
         self.groups.hide()
         self._set(exchange=True, reshard=True)  # for a bare loss.backward()
 
+    def run(self) -> None:
+        """Exchange the gradients that passes have added up, without a backward pass; all ranks."""
+        self._set(exchange=True, reshard=True)
+        self.groups.root._root_post_backward_final_callback()
+        self.groups.hide()
+
     def _set(self, exchange: bool, reshard: bool) -> None:
         for group in self.groups.all:
             group.reduce_grads = group.all_reduce_grads = exchange

@@ -107,6 +107,9 @@ class Zero(Strategy):
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
         self.models[model].after_backward(exchange, alone=len(self.models) == 1)
 
+    def exchange(self, model: nn.Module) -> None:
+        self.models[model].exchange_held()
+
     def settle(self, model: nn.Module) -> None:
         self.models[model].broadcast_buffers()
 
@@ -122,6 +125,10 @@ class Zero(Strategy):
     def release(self) -> None:
         self.models.clear()
         self.known.clear()
+
+    @property
+    def reduce_dtype(self) -> str | None:
+        return str(self.options.reduce_dtype)
 
     @property
     def exchanges_every_micro_batch(self) -> bool:
@@ -149,6 +156,10 @@ class Zero2(Zero):
 
         accumulate: Literal["local", "sharded"] = "local"
         """Between optimizer steps, add up whole gradients without exchanging them, or exchange and keep only parts."""
+
+    @property
+    def reduce_dtype(self) -> str | None:
+        return str(self.options.reduce_dtype)
 
     @property
     def exchanges_every_micro_batch(self) -> bool:
