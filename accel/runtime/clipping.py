@@ -24,16 +24,20 @@ from .shards import held_part
 _norm_here = clip_grad._get_total_norm
 
 
+def placing(strategies: Sequence[Strategy]) -> list[Strategy]:
+    """Those along whose axis processes hold different parameters."""
+    return [strategy for strategy in strategies if strategy.places_parameters and strategy.mesh.size > 1]
+
+
 @torch.no_grad()
 def total_norm(parameters: Iterable[Tensor], norm_type: float, strategies: Sequence[Strategy]) -> Tensor:
     """The norm of these parameters' gradients over all processes, a plain scalar; all ranks.
 
     Each parameter counts once, however many processes hold it.
     """
-    placing = [strategy for strategy in strategies if strategy.places_parameters and strategy.mesh.size > 1]
-    owned = [p for p in parameters if p.grad is not None and all(strategy.owns(p) for strategy in placing)]  # type: ignore[arg-type]
+    owned = [p for p in parameters if p.grad is not None and all(s.owns(p) for s in placing(strategies))]  # type: ignore[arg-type]
     norm = _norm_of_divided([parameter.grad for parameter in owned if parameter.grad is not None], norm_type)
-    for strategy in placing:
+    for strategy in placing(strategies):
         norm = _norm_along(norm.to(strategy.device), strategy.mesh.group, norm_type)
     return norm
 
@@ -55,7 +59,7 @@ def redirect_torch(strategies: Sequence[Strategy], models: Callable[[], Iterable
             raise RuntimeError(f"clip_grad_norm_: the norm of the gradients over all processes is {norm.item()}")
         return norm
 
-    if any(strategy.places_parameters and strategy.mesh.size > 1 for strategy in strategies):
+    if placing(strategies):
         clip_grad._get_total_norm = whole
 
 

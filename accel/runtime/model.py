@@ -87,7 +87,10 @@ def model_part(model: nn.Module) -> ModelPart | None:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Any]:
-    """A copy of the model's state under the user's names: whole plain CPU tensors. All ranks call it together."""
+    """A copy of the model's state under the user's names: whole plain CPU tensors. All ranks call it together.
+
+    What other processes hold, and this one nothing of, is on the meta device.
+    """
     copies: dict[int, Tensor] = {}
 
     def whole(value: Any) -> Any:
@@ -95,7 +98,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any]:
             return value
         if id(value) not in copies:
             full = value.full_tensor() if isinstance(value, DTensor) else value
-            copies[id(value)] = full.detach().to("cpu", copy=True)
+            copies[id(value)] = full.detach() if full.is_meta else full.detach().to("cpu", copy=True)
         return copies[id(value)]
 
     return {name: whole(value) for name, value in model.state_dict(keep_vars=True).items()}

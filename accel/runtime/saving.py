@@ -39,7 +39,10 @@ class Saving(Training):
 
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """The whole state of a model under the user's own names, as plain CPU tensors; all ranks."""
-        return whole_state_dict(model)
+        state = whole_state_dict(model)
+        if self._scattered:
+            self._checkpoints.fill(state)
+        return state
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Let `save_state` and `load_state` keep these objects too; each has `state_dict` and `load_state_dict`."""

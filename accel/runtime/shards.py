@@ -62,7 +62,7 @@ def like_part(part: Tensor, model: Tensor) -> Tensor:
 def accept_whole_model_states(model: nn.Module) -> None:
     """Let `model.load_state_dict` take whole tensors, and keep what `model.state_dict` gives from being pickled."""
     for module in model.modules():
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+        if any(isinstance(parameter, DTensor | Elsewhere) for parameter in module.parameters(recurse=False)):
             module.register_load_state_dict_pre_hook(_divide_model_state)  # type: ignore[no-untyped-call]
             module.register_state_dict_post_hook(_guard_model_state)  # type: ignore[no-untyped-call]
 
@@ -76,7 +76,8 @@ def accept_whole_optimizer_states(optimizer: Optimizer) -> None:
 def _divide_model_state(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if prefix + name in state:
-            state[prefix + name] = divide_like(state[prefix + name], parameter)
+            elsewhere = isinstance(parameter, Elsewhere)
+            state[prefix + name] = parameter if elsewhere else divide_like(state[prefix + name], parameter)
 
 
 def _divide_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,9 @@ def _divide_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     divided = dict(state["state"])
     for place, parameter in zip(places, parameters, strict=False):  # torch itself says so if they do not fit
-        if place in divided:
+        if isinstance(parameter, Elsewhere):
+            divided.pop(place, None)
+        elif place in divided:
             divided[place] = {name: divide_like(value, parameter) for name, value in divided[place].items()}
     return {**state, "state": divided}
 
@@ -94,13 +97,15 @@ def _guard_model_state(module: nn.Module, state: dict[str, Any], prefix: str, *u
 
 
 def _guard_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    _guard(value for kept in state["state"].values() for value in kept.values())
+    some = any(isinstance(p, Elsewhere) for group in optimizer.param_groups for p in group["params"])
+    _guard((value for kept in state["state"].values() for value in kept.values()), plain_too=some)
 
 
-def _guard(values: Iterable[Any]) -> None:
+def _guard(values: Iterable[Any], plain_too: bool = False) -> None:
     for value in values:
-        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter):
-            value.__reduce_ex__ = _refuse_pickle  # type: ignore[method-assign]
+        partial = isinstance(value, DTensor) or (isinstance(value, Tensor) and (plain_too or value.is_meta))
+        if partial and not isinstance(value, nn.Parameter):
+            value.__reduce_ex__ = _refuse_pickle
 
 
 def _refuse_pickle(protocol: Any) -> NoReturn:

@@ -15,7 +15,7 @@ from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
 from .boundary import Boundaries
-from .clipping import redirect_torch, total_norm
+from .clipping import placing, redirect_torch, total_norm
 from .gradients import ExplicitWindow
 from .loader import PreparedLoader
 from .model import ModelPart, model_part, prepare_model, rebind
@@ -213,6 +213,11 @@ class Training(Process):
         """Whether gradients that arrive outside `backward` could be wrong."""
         return self.world.size > 1 or self._window.length > 1 or self.precision.scales_loss
 
+    @property
+    def _scattered(self) -> bool:
+        """Whether processes hold different parameters."""
+        return bool(placing(self.strategies))
+
     def _loss_factor(self) -> float:
         """Divides by the window's micro-batches, and weighs this process's share of an uneven batch."""
         weight = self._active[-1].weight if self._active else 1.0
@@ -311,7 +316,7 @@ class Training(Process):
 
     def _on_any_process(self, flag: Tensor, divided: bool) -> Tensor:
         """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""
-        if self.world.size > 1 and (divided or any(strategy.places_parameters for strategy in self.strategies)):
+        if self.world.size > 1 and (divided or self._scattered):
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag
 

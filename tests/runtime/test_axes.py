@@ -4,6 +4,7 @@ The strategies here are the smallest that do so; the reference is one process of
 """
 
 import copy
+import pickle
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from accel import Accelerator, registry
+from accel.errors import CheckpointError
 from accel.interfaces import Axis, Strategy
 from accel.runtime.shards import Elsewhere
 from accel.testing import run
@@ -155,3 +157,79 @@ def test_norms_and_weights_over_two_axes(data, other, accumulate, clip):
             torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=1e-6)
         found |= held
     assert set(found) == set(weights)
+
+
+def prepared(strategies, seed=0):
+    torch.manual_seed(seed)
+    model = Layers()
+    accelerator = make(strategies=strategies)
+    model, optimizer = accelerator.prepare(model, Stepwise(model.parameters(), lr=0.1))
+    return accelerator, model, optimizer
+
+
+class Stepwise(torch.optim.AdamW):
+    """Keeps a plain number beside its tensors, as many optimizers that are not torch's own do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
+
+
+def step(accelerator, model, optimizer, size=2):
+    for batch in batches(None, size):
+        accelerator.backward(model(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(strategies, folder):
+    accelerator, model, optimizer = prepared(strategies)
+    step(accelerator, model, optimizer)
+    accelerator.save_state(folder)
+    if strategies != "single":
+        with pytest.raises(CheckpointError, match="get_state_dict"):
+            pickle.dumps(model.state_dict())
+    return accelerator.get_state_dict(model)
+
+
+def load(strategies, folder):
+    accelerator, model, optimizer = prepared(strategies, seed=1)
+    accelerator.load_state(folder)
+    loaded = accelerator.get_state_dict(model)
+    step(accelerator, model, optimizer)
+    counts = [optimizer.state[p]["count"] for p in model.parameters() if p in optimizer.state]
+    return loaded, counts, accelerator.get_state_dict(model)
+
+
+def plain():
+    """Weights after one and after two rounds of plain torch."""
+    torch.manual_seed(0)
+    model = Layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    rounds = []
+    for _ in range(2):
+        for batch in batches(None, 2):
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        rounds.append(copy.deepcopy(model.state_dict()))
+    return rounds
+
+
+AXES = [{"stages": {"size": 2}}, {"divided": {"size": 2}, "zero3": {}}, {"stages": {"size": 2}, "zero2": {}}, "single"]
+
+
+@pytest.mark.parametrize(("saver", "loader"), [(0, 1), (1, 2), (2, 3), (3, 0)])
+def test_a_checkpoint_moves_between_axes(saver, loader, tmp_path):
+    processes = [2, 4, 4, 1]
+    first, second = plain()
+    saved = run(processes[saver], save, AXES[saver], tmp_path / "c")
+    for loaded, counts, after in run(processes[loader], load, AXES[loader], tmp_path / "c"):
+        assert set(counts) == {6}
+        for name, value in loaded.items():
+            assert torch.equal(value, saved[0][name])
+            torch.testing.assert_close(value, first[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(after[name], second[name], rtol=1e-4, atol=1e-5)

@@ -72,6 +72,11 @@ class Checkpoints:
             verify(folder, self.exchange)
         return folder, load(folder, state, self.format, self.exchange, strict)
 
+    def fill(self, state: dict[str, Any]) -> None:
+        """Replace what is on the meta device in a state dict, as others hold it, by copies of theirs."""
+        self.exchange.connect()
+        self.exchange.fill(state)
+
     def save_model(self, folder: Path, model: nn.Module, largest: int) -> None:
         """Write a model's weights alone, into a folder that may hold other files."""
         self.wait()

@@ -66,6 +66,18 @@ class Contents:
     small: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
+    def scattered(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """The plain state of optimizers, which is only of the parameters held here, and the tensors it refers to."""
+        states = [optimizer["state"] for optimizer in self.values["optimizers"]]
+        prefixes = tuple(f"{group_of('optimizer', index)}.state." for index in range(len(states)))
+        return states, {name: tensor for name, tensor in self.small.items() if name.startswith(prefixes)}
+
+    def add_scattered(self, states: Sequence[Mapping[str, Any]], small: Mapping[str, Tensor]) -> None:
+        """Take over another process's plain state of optimizers, for the parameters that it holds."""
+        for optimizer, state in zip(self.values["optimizers"], states, strict=True):
+            optimizer["state"] = {**state, **optimizer["state"]}
+        self.small = {**small, **self.small}
+
     def table(self) -> list[Held]:
         """The parts that this process holds."""
         return [
@@ -111,12 +123,15 @@ def collect_random(state: State, rank: int) -> tuple[Any, dict[str, Tensor]]:
 
 
 def collect_model(contents: Contents, index: int, model: nn.Module) -> dict[str, Any]:
-    """Add a model's tensors to the contents; returns the plain values. A buffer is rank 0's, as it may differ."""
+    """Add a model's tensors to the contents; returns the plain values.
+
+    A buffer is that of the first rank that has it, as it may differ; what is on the meta device, others have.
+    """
     state = model.state_dict(keep_vars=True)
     contents.tensors[group_of("model", index)] = {
         name: (value.detach(), isinstance(value, nn.Parameter))
         for name, value in state.items()
-        if isinstance(value, Tensor) and not is_extra(name)
+        if isinstance(value, Tensor) and not value.is_meta and not is_extra(name)
     }
     extra = {name: value for name, value in state.items() if not isinstance(value, Tensor) or is_extra(name)}
     kind = type(model).__name__

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...errors import AccelError, CheckpointError
@@ -49,6 +51,17 @@ class Exchange:
     def from_main(self, act: Callable[[], T]) -> T:
         """Let rank 0 act, and return its result on all ranks; errors as in `together`."""
         return self.together(lambda: act() if self.world.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def fill(self, state: dict[str, Any]) -> None:
+        """Replace tensors on the meta device by CPU copies of those of the first process that has them; all ranks."""
+        holders = self.gather(
+            {name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
+        )
+        for name, value in state.items():
+            having = [rank for rank, names in enumerate(holders) if name in names]
+            if having and len(having) < len(holders):
+                state[name] = torch.empty_like(value, device="cpu") if value.is_meta else value
+                dist.broadcast(state[name], group=self._group, group_src=having[0])
 
     def _share(self, act: Callable[[], T], told: Callable[[T], Any]) -> tuple[T, list[Any]]:
         outcome: list[T] = []

@@ -37,7 +37,7 @@ def plan_model(folder: Path, places: Mapping[str, Place], model: nn.Module, stri
     wanted = {
         id(own[name]): name
         for name in reversed(own)
-        if name in places and tuple(shapes[name]) == places[name].entry.shape
+        if name in places and tuple(shapes[name]) == places[name].entry.shape and not own[name].is_meta
     }
 
     def load() -> None:

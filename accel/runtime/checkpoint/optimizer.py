@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ...errors import CheckpointError
 from ...interfaces import Place
 from ...storage import Reader
 from ..optimizer import optimizer_part
+from ..shards import Elsewhere, like_part
 from .fit import Differences
 from .parts import box_of
 from .read import read_box, read_whole
@@ -87,7 +87,7 @@ def _state(
 ) -> dict[int, dict[Any, Any]]:
     """This process's parts of the state, by the parameters' places."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {name: place for place, name in enumerate(names)}
+    index = {name: place for place, name in enumerate(names) if not isinstance(parameters[place], Elsewhere)}
     state: dict[int, dict[Any, Any]] = {index[name]: dict(kept) for name, kept in rest.items() if name in index}
     for full, place in places.items():
         name, _, key = full.rpartition(".")
@@ -101,16 +101,7 @@ def _read(reader: Reader, place: Place, parameter: nn.Parameter) -> Tensor:
     if not parameter.dim() or tuple(parameter.shape) != place.entry.shape:
         return read_whole(reader, place)
     local = read_box(reader, place, box_of(place.entry.name, parameter)).to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    return like_part(local, parameter)
 
 
 def _undo_casts(optimizer: Optimizer, state: Mapping[int, Mapping[Any, Any]]) -> None:

@@ -71,12 +71,14 @@ class Work:
 def plan(folder: Path, contents: Contents, state: State, format: Checkpoint, exchange: Exchange) -> Work:
     """Agree on the layout of a checkpoint; all ranks."""
     rank = exchange.world.rank
-    told = exchange.together(lambda: (contents.table(), *collect_random(state, rank)))
+    told = exchange.together(lambda: (contents.table(), collect_random(state, rank), contents.scattered()))
     work = plan_tensors(folder, [table for table, _, _ in told], contents, format, LARGEST_FILE, rank)
     if rank == 0:
-        contents.values["random"] = [random for _, random, _ in told]
-        small = contents.small | {name: tensor for _, _, tensors in told for name, tensor in tensors.items()}
-        pieces, files = _small_files(small, contents.values, format)
+        contents.values["random"] = [random for _, (random, _), _ in told]
+        for _, (_, tensors), scattered in told:
+            contents.small.update(tensors)
+            contents.add_scattered(*scattered)
+        pieces, files = _small_files(contents.small, contents.values, format)
         work.pieces.extend(pieces)
         work.files.extend(files)
     return work

@@ -115,7 +115,7 @@ class ShardedModel:
                 block.compile()
 
     def _shard(self, blocks: list[nn.Module]) -> None:
-        before = {id(parameter): parameter for parameter in self.model.parameters()}
+        before = {id(parameter): parameter for parameter in held_parameters(self.model)}
         for parameter in before.values():
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
