@@ -120,7 +120,10 @@ class Strategy:
         return loss
 
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
-        """Called after each such backward pass."""
+        """Called after each such backward pass, on the strategies in reverse order.
+
+        A strategy so finds gradients that have been exchanged along the axes of those set up after it.
+        """
 
     def exchange(self, model: nn.Module) -> None:
         """Exchange the gradients that earlier passes have added up, without a pass of its own."""

@@ -170,7 +170,7 @@ class Training(Process):
 
     def _after_backward(self, exchanges: Sequence[bool]) -> None:
         for part, exchange in zip(self._models, exchanges, strict=True):
-            for strategy in self.strategies:
+            for strategy in reversed(self.strategies):
                 later = self._exchanges_afterwards(strategy)
                 strategy.after_backward(part.model, exchange and not later)
                 if exchange and later:
@@ -283,7 +283,7 @@ class Training(Process):
         for part in self._models:
             if part.arrivals:
                 self._refuse_bare_backward(call)
-                for strategy in self.strategies:
+                for strategy in reversed(self.strategies):
                     strategy.settle(part.model)
                 part.arrivals.clear()
 
