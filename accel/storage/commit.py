@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .disk import flush_folder, naming
+from .files import flush_folder, naming
 
 
 def aside(folder: Path) -> Path:

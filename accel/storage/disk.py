@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import xxhash
 
 from ..errors import CheckpointError
+from .direct import DirectWriter
+from .files import Files, naming
 
 CHUNK = 16 << 20
 """The most bytes that one checksum stands for."""
-
-WORTH_FLUSHING = 1 << 20
-"""The least bytes for which the disk is told to begin at once."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +55,6 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-class Files:
-    """The open files of one folder. Use as a context manager."""
-
-    flags = os.O_RDONLY
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open: dict[str, int] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all files."""
-        for handle in self._open.values():
-            os.close(handle)
-        self._open.clear()
-
-    def open(self, name: str, flags: int = 0) -> int:
-        """The file's descriptor, opened on first use. Raises OSError."""
-        if name not in self._open:
-            self._open[name] = os.open(self.folder / name, self.flags | flags, 0o666)
-        return self._open[name]
-
-
 class Reader(Files):
     """Reads from the files of a folder."""
 
@@ -116,6 +82,7 @@ class Writer(Files):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.written: list[Range] = []
+        self._direct = DirectWriter(folder)
 
     def create(self, file: str, size: int, head: bytes) -> None:
         """Make a file of this size that begins with `head`."""
@@ -126,46 +93,24 @@ class Writer(Files):
     def write(self, file: str, geometry: Geometry, data: memoryview, tensor: str = "") -> None:
         """Write `geometry.total` bytes."""
         with naming(self.folder / file, "written"):
-            handle = self.open(file)
             for i, offset in enumerate(geometry.runs()):
-                _drain(handle, data[i * geometry.size : (i + 1) * geometry.size], offset)
-            _start_flushing(handle, geometry)
+                self._drain(file, data[i * geometry.size : (i + 1) * geometry.size], offset)
         g = geometry
         self.written.append(Range(g.offset, g.size, g.count, g.stride, file, checksum(data), tensor))
 
+    def _drain(self, file: str, data: memoryview, offset: int) -> None:
+        first, last = self._direct.write(file, data, offset)
+        for start, stop in ((0, first), (last, len(data))):
+            while start < stop:
+                start += os.pwrite(self.open(file), data[start:stop], offset + start)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._direct.close()
+        super().close()
+
     def flush(self) -> None:
         """Wait until everything is on disk."""
-        for name, handle in self._open.items():
+        for name in {*self.names, *self._direct.names}:
             with naming(self.folder / name, "written"):
-                os.fsync(handle)
-
-
-def _drain(handle: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], offset + done)
-
-
-def _start_flushing(handle: int, geometry: Geometry) -> None:
-    """Let the disk begin with what was just written, while the next bytes are prepared; waits for nothing."""
-    if hasattr(os, "posix_fadvise") and geometry.total >= WORTH_FLUSHING:
-        last = geometry.offset + (geometry.count - 1) * geometry.stride + geometry.size
-        os.posix_fadvise(handle, geometry.offset, last - geometry.offset, os.POSIX_FADV_DONTNEED)
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def naming(path: Path, participle: str) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be {participle}: {error.strerror or error}") from error
+                os.fsync(self.open(name))

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..interfaces import Checkpoint, Place
 from .commit import aside
-from .disk import CHUNK, Geometry, Reader, Writer, flush_folder, naming
+from .disk import CHUNK, Geometry, Reader, Writer
+from .files import flush_folder, naming
 
 ONE_FILE = 1 << 62
 """No limit to the bytes of a file."""
