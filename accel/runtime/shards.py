@@ -21,10 +21,36 @@ class Elsewhere(nn.Parameter):
     """A parameter that other processes hold: its name, shape, dtype and no values (it is on the meta device).
 
     It never has a gradient, so that optimizers leave it out by themselves; so do clipping, exchange and checkpoints.
+    Its `device` is that of the parameter it was made from: models ask any parameter for theirs.
     """
 
+    _device: torch.device
+
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> Elsewhere:
-        return torch.Tensor._make_subclass(cls, data.detach().to("meta"), requires_grad)
+        made: Elsewhere = torch.Tensor._make_subclass(cls, data.detach().to("meta"), requires_grad)
+        made._device = data.device
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where its values would be, if this process had them."""
+        return self._device
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Only the dtype changes: there is nothing to move."""
+        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self.detach() if dtype is None else self.detach().type(dtype)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        """There is nothing to move."""
+        return self.detach()
+
+    cuda = cpu
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Elsewhere:
+        copied = memo[id(self)] = Elsewhere(self.data, self.requires_grad)
+        copied._device = self._device
+        return copied
 
 
 def divide_like(value: Any, model: Tensor) -> Any:

@@ -233,3 +233,16 @@ def test_a_checkpoint_moves_between_axes(saver, loader, tmp_path):
             assert torch.equal(value, saved[0][name])
             torch.testing.assert_close(value, first[name], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(after[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_parameters_elsewhere_can_be_moved_copied_and_optimized():
+    model = nn.Linear(3, 2)
+    model.weight = Elsewhere(model.weight)
+    for moved in (model, model.to("cpu"), model.cpu(), copy.deepcopy(model), copy.deepcopy(model).half()):
+        assert isinstance(moved.weight, Elsewhere)
+        assert (moved.weight.device.type, moved.weight.shape) == ("cpu", (2, 3))
+    assert (model.weight.dtype, moved.weight.dtype) == (torch.float32, torch.float16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.bias.grad = torch.ones(2)
+    optimizer.step()
+    assert set(optimizer.state) == {model.bias}
