@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ ONE = ("python",)
 TWO = ("accel", "launch", "--cpu", "--num_processes", "2")
 TEST_IMAGES = 1797 - 1400
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+LAYOUTS = sorted((ROOT / "examples" / "layouts").glob("*.yaml"))
+TINY = ("--layers", "4", "--width", "32", "--context", "32", "--steps", "20", "--lr", "1e-2", "--megabytes", "0.1")
 
 
 def accuracy(output: str) -> float:
@@ -39,7 +42,7 @@ def test_configs(config: Path) -> None:
 
 
 def test_there_is_a_config_for_each_strategy_and_precision() -> None:
-    text = "\n".join(config.read_text() for config in CONFIGS)
+    text = "\n".join(config.read_text() for config in (*CONFIGS, *LAYOUTS))
     for name in registry.names("strategy"):
         assert re.search(rf"\b{name}\b", text), name
     assert {"bf16", "fp16"} <= {config.stem for config in CONFIGS}
@@ -54,11 +57,30 @@ def test_script_that_only_changed_its_import(processes: int) -> None:
     assert 0.5 < losses[-1] < 1.5  # noise is all that there is to learn
 
 
+@pytest.fixture(scope="module")
+def losses_of_one() -> list[float]:
+    """Losses of the language model on one process."""
+    return losses_in(run(*ONE, "examples/language_model.py", *TINY, "--sample", "1"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.stem)
+def test_layouts(layout: Path, losses_of_one: list[float]) -> None:
+    command = ("accel", "launch", "--config_file", str(layout), "examples/language_model.py", *TINY, "--sample", "20")
+    done = run(*command)
+    assert len(losses_of_one) == 11
+    assert losses_in(done) == pytest.approx(losses_of_one, abs=2e-3)
+    assert done.stdout.count("def ") == 1
+
+
+def losses_in(done: subprocess.CompletedProcess[str]) -> list[float]:
+    return [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", done.stdout + done.stderr)]
+
+
 @pytest.mark.parametrize("command", [ONE, TWO], ids=["one", "two"])
 def test_language_model(command: tuple[str, ...]) -> None:
     size = ("--layers", "1", "--width", "32", "--context", "32", "--steps", "60", "--lr", "1e-2", "--megabytes", "0.2")
     done = run(*command, "examples/language_model.py", *size, "--sample", "40")
-    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", done.stdout + done.stderr)]
+    losses = losses_in(done)
     assert len(losses) == 11
     assert losses[0] > 5
     assert losses[-1] < 4
