@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
 from .adopt import Adopted, Part, adopt, part_of
+from .deferred import Filling
 from .gradients import Arrivals
 from .shards import accept_whole_model_states, divide_like
 
@@ -29,27 +31,52 @@ class ModelPart(Part):
         self.owned: set[int] = set()
         self.arrivals = Arrivals()
         self.exchange_off = 0
+        self.unfilled: set[str] = set()
+        """Names of parameters that have no value yet."""
         self._depth = 0
 
-    def setup(self, device: torch.device, watch: bool) -> None:
-        """Move, convert and spread the model, in place; all ranks."""
+    def setup(self, device: torch.device, watch: bool, filling: Filling) -> None:
+        """Move, convert and spread the model, in place, and fill what has no memory yet; all ranks."""
         model = self.model
-        self.precision.convert(model.to(device))
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+        self.precision.convert(model)
         before = dict(model.named_parameters(remove_duplicate=False))
         for strategy in self.strategies:
+            if not strategy.takes_empty:
+                self.unfilled |= filling.fill(device)
             strategy.setup(model)
+        self.unfilled |= filling.fill(device)
         accept_whole_model_states(model)
         after = dict(model.named_parameters(remove_duplicate=False))
         self._originals = list(before.values())  # alive, so that their ids stay theirs
         self.replaced = {id(old): after[name] for name, old in before.items()}
         self.owned = {id(parameter) for parameter in after.values()}
+        if self.unfilled:
+            model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                lambda module, keys: self.filled_but(keys.missing_keys)
+            )
         if watch:
             self.arrivals.watch(model.parameters())
+
+    def filled_but(self, missing: Iterable[str]) -> None:
+        """Weights were loaded, for all parameters but these."""
+        self.unfilled.intersection_update(missing)
+
+    def check_filled(self) -> None:
+        """Raise PrepareError for parameters that have no value."""
+        if self.unfilled:
+            names = sorted(self.unfilled)
+            raise PrepareError(
+                f"prepare: {len(names)} parameters of this {type(self.model).__name__} have no value, the first is "
+                f"{names[0]!r}: nothing was written to them when it was made, and no weights were loaded; initialise "
+                "them under accelerator.empty_init(), or call accelerator.load_model(model, folder)"
+            )
 
     def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward call: the outermost is announced to the strategies and its output converted."""
         if self._depth:
             return forward(*args, **kwargs)
+        self.check_filled()
         self._depth += 1
         try:
             for strategy in self.strategies:
@@ -71,11 +98,16 @@ class PreparedModel(Adopted):
 
 
 def prepare_model(
-    model: nn.Module, strategies: Sequence[Strategy], precision: Precision, device: torch.device, watch: bool
+    model: nn.Module,
+    strategies: Sequence[Strategy],
+    precision: Precision,
+    device: torch.device,
+    watch: bool,
+    filling: Filling,
 ) -> ModelPart:
     """Prepare a model in place, once; all ranks. `watch` is whether to notice bare `loss.backward()` calls."""
     part = ModelPart(model, strategies, precision)
-    part.setup(device, watch)
+    part.setup(device, watch, filling)
     adopt(model, PreparedModel, part, "forward")
     return part
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,8 +19,9 @@ from ..interfaces import Tracker
 from ..interfaces.launcher import PREEMPTED
 from ..plan import Plan
 from ..storage import FOLDER, parse_size
-from .checkpoint import Checkpoints, Differences, State
-from .model import whole_state_dict
+from .checkpoint import Checkpoints, Differences, State, group_of
+from .deferred import is_empty
+from .model import model_part, whole_state_dict
 from .preemption import SIGNALS, Preemption
 from .training import Training
 
@@ -33,6 +35,7 @@ class Saving(Training):
     def __init__(self) -> None:
         self._schedulers: list[LRScheduler] = []
         self._registered: list[Any] = []
+        self._waiting: WeakKeyDictionary[nn.Module, list[tuple[Path, bool]]] = WeakKeyDictionary()
         self._checkpoints = self._make_checkpoints()
         self._preemption = self._watch_for_preemption()
         super().__init__()
@@ -78,6 +81,9 @@ class Saving(Training):
         folder, skipped = self._checkpoints.load(None if input_dir is None else Path(input_dir), self._state(), strict)
         for group, differences in skipped.items():
             self._warn(f"load_state: left out of {folder}: {group}: {differences.describe()}")
+        for index, part in enumerate(self._models):
+            left = skipped.get(group_of("model", index))
+            part.filled_but(left.untouched if left else ())
         self._abandon_windows()
         return str(folder)
 
@@ -110,12 +116,28 @@ class Saving(Training):
     def load_model(self, model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> Differences:
         """Take over weights from a folder of safetensors, whoever wrote it, into a prepared model; all ranks.
 
-        Each process reads only its parts. Returns what did not fit; raises CheckpointError for it if `strict`.
+        Each process reads only its parts. Returns what did not fit; raises CheckpointError for it if `strict`. A model
+        made under `empty_init` may be given before it is prepared: the weights are read when it is.
         """
-        differences = self._checkpoints.load_model(Path(directory), model, strict)
+        part = model_part(model)
+        if part is None and any(map(is_empty, model.parameters())):
+            differences = self._checkpoints.compare_model(Path(directory), model, strict)
+            self._waiting.setdefault(model, []).append((Path(directory), strict))
+        else:
+            differences = self._checkpoints.load_model(Path(directory), model, strict)
+        if part is not None:
+            part.filled_but(differences.untouched)
         if differences:
             self._warn(f"load_model: left out of {directory}: {differences.describe()}")
         return differences
+
+    def _load_waiting(self, model: nn.Module) -> set[str]:
+        """Load weights that were asked for while the model had no memory; returns the names of its parameters."""
+        names = {name for name, _ in model.named_parameters()}
+        loaded = set[str]()
+        for directory, strict in self._waiting.pop(model, []):
+            loaded |= names.difference(self._checkpoints.load_model(directory, model, strict).untouched)
+        return loaded
 
     def _make_checkpoints(self) -> Checkpoints:
         format = self.plan.checkpoint.plugin(self.plan.checkpoint.options)

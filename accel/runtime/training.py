@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
 from .boundary import Boundaries
 from .clipping import placing, redirect_torch, total_norm
+from .deferred import Filling, Tape
 from .gradients import ExplicitWindow
 from .loader import PreparedLoader
 from .model import ModelPart, model_part, prepare_model, rebind
@@ -37,6 +39,7 @@ class Training(Process):
         self._models: list[ModelPart] = []
         self._optimizers: list[OptimizerPart] = []
         self._replaced: dict[int, nn.Parameter] = {}
+        self._tapes: list[Tape] = []
         redirect_torch(self.strategies, lambda: [part.model for part in self._models])
         self._verified: dict[int, int] = {}
         self._closing = self._window.length == 1
@@ -62,13 +65,31 @@ class Training(Process):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
         if model_part(model) is None:
-            part = prepare_model(model, self.strategies, self.precision, self.device, watch=self._must_watch)
+            filling = Filling(model, self._tapes, self.world, functools.partial(self._load_waiting, model))
+            part = prepare_model(model, self.strategies, self.precision, self.device, self._must_watch, filling)
             self._replaced.update(part.replaced)
             self._models.append(part)
             for owner in self._optimizers:
                 rebind(owner.optimizer, part.replaced)
                 self._check_optimizer(owner.optimizer)
         return model
+
+    @contextlib.contextmanager
+    def empty_init(self) -> Iterator[None]:
+        """Make models that take no memory until `prepare` has divided them among the processes; all ranks.
+
+        Parameters of modules made inside are on the meta device. `prepare` gives each the value that it would have
+        had, bit for bit, on rank 0: initialisation runs again, one parameter after the other. Buffers are real. For
+        weights from a folder, call `load_model` before or after `prepare`.
+        """
+        tape = Tape()
+        self._tapes.append(tape)
+        with tape:
+            yield
+
+    def _load_waiting(self, model: nn.Module) -> set[str]:
+        """Load weights that were asked for while the model had no memory; returns the names of its parameters."""
+        return set()
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Prepare one optimizer, in place, made before or after its model was prepared."""
@@ -155,6 +176,8 @@ class Training(Process):
         factor = self._loss_factor()
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         self._closing = self._closes()
+        for part in self._models:
+            part.check_filled()
         exchanges = [self._exchanges(part) for part in self._models]
         scaled = self._before_backward(scaled, exchanges)
         scaled.backward(**options)  # type: ignore[no-untyped-call]

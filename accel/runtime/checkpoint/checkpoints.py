@@ -22,7 +22,7 @@ from ..world import World
 from .contents import Contents, State, collect, collect_model
 from .exchange import Exchange
 from .fit import Differences
-from .load import Skipped, load, load_weights, verify
+from .load import Skipped, load, load_weights, plan_weights, verify
 from .write import Work, plan, plan_tensors, write
 
 
@@ -94,6 +94,11 @@ class Checkpoints:
         if self.exchange.from_main(lambda: (folder / storage.MANIFEST).exists()):
             verify(folder, self.exchange, lambda r: r.file.startswith("model"))
         return load_weights(folder, model, self.format, self.exchange, strict)
+
+    def compare_model(self, folder: Path, model: nn.Module, strict: bool) -> Differences:
+        """What `load_model` will leave as it is; raises CheckpointError as it does. All ranks."""
+        self.exchange.connect()
+        return plan_weights(folder, model, self.format, self.exchange, strict)[1]
 
     def wait(self) -> None:
         """Until what is being written is on disk. Raises CheckpointError if it could not be written."""

@@ -32,6 +32,11 @@ class Differences:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.shapes)
 
+    @property
+    def untouched(self) -> list[str]:
+        """Keys here that get no value from the folder."""
+        return [*self.missing, *(description.partition(" ")[0] for description in self.shapes)]
+
     def describe(self) -> str:
         """All of it in a sentence."""
         parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": self.shapes}

@@ -22,7 +22,7 @@ from ..scheduler import SchedulerPart
 from .contents import SMALL, State, group_of, parameter_names
 from .exchange import Exchange
 from .fit import Differences, check_counts, foreign
-from .model import load_extra, plan_model
+from .model import Load, load_extra, plan_model
 from .optimizer import plan_optimizer
 from .read import SavedTensors
 from .write import VALUES
@@ -56,17 +56,24 @@ def load(folder: Path, state: State, format: Checkpoint, exchange: Exchange, str
 
 def load_weights(folder: Path, model: nn.Module, format: Checkpoint, exchange: Exchange, strict: bool) -> Differences:
     """Take over the weights of a model from any folder that the format reads; all ranks."""
+    plan, differences = plan_weights(folder, model, format, exchange, strict)
+    exchange.each(plan)
+    return differences
 
-    def read() -> tuple[Callable[[], None], Differences]:
+
+def plan_weights(
+    folder: Path, model: nn.Module, format: Checkpoint, exchange: Exchange, strict: bool
+) -> tuple[Load, Differences]:
+    """A function that does so, and what it will leave as it is; all ranks. Raises CheckpointError if strict."""
+
+    def read() -> tuple[Load, Differences]:
         try:
             return plan_model(folder, format.places(folder, "model"), model, strict)
         except CheckpointError as error:
             hint = foreign(folder)
             raise CheckpointError(f"{error}; {hint}") if hint else error from None
 
-    plan, differences = exchange.each(read)
-    exchange.each(plan)
-    return differences
+    return exchange.each(read)
 
 
 def _plan(

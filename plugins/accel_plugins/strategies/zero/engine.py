@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place
+from accel.runtime.deferred import give_memory
 from accel.runtime.nested import map_tensors
 from accel.runtime.shards import Elsewhere, held_parameters, held_part
 
@@ -37,12 +38,15 @@ class ShardedModel:
         blocks = self._find_blocks()
         self._improve_blocks(blocks)
         if not self._divides:
+            give_memory(model, strategy.device)
             return
-        self._broadcast([*held_parameters(model), *model.buffers()])
+        self._broadcast([*(p for p in held_parameters(model) if not p.is_meta), *model.buffers()])
         if not held_parameters(model):
             return
         blocks = [block for block in blocks if held_parameters(block)]
         self._shard(blocks)
+        give_memory(model, strategy.device if self.options.offload == "none" else torch.device("cpu"))
+        strategy.known |= {id(parameter): parameter for parameter in model.parameters()}
         self.groups = Groups(model, self._gather_dtype)
         self.exchange = Exchange(self.groups, strategy.mesh.group, strategy.options.find_unused_parameters)
         entries = Entries(model, blocks, self.groups)
@@ -137,10 +141,10 @@ class ShardedModel:
         improve_collectives(divided, axis.group, self.strategy.device, axis.size // self.options.replicas)
         for module in divided:
             _keep_name(type(module))
+        self.strategy.known |= before
         for parameter in before.values():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
-        self.strategy.known |= before | {id(parameter): parameter for parameter in self.model.parameters()}
 
     def _mesh(self) -> DeviceMesh:
         """The data axis; with replicas, as a grid of replicas and shards."""

@@ -66,6 +66,8 @@ class Zero(Strategy):
         compile: bool = False
         """Compile each block by torch.compile."""
 
+    takes_empty = True
+
     gathers_once: ClassVar[bool] = True
     """Whether gathered parameters stay from forward to backward."""
 
