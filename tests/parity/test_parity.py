@@ -19,6 +19,7 @@ import torch
 from accel import registry
 from accel.config import Config
 from accel.errors import ConfigError
+from accel.interfaces import Axis
 from accel.plan import Plan
 from accel.testing import run
 from accel.testing.training import Run, Trained, adamw, deviation, sgd, train, train_plainly, two_groups
@@ -72,6 +73,8 @@ def combinations() -> list[Any]:
     """Each strategy that fills the data axis by itself, with the numbers of processes that it takes."""
     found = []
     for strategy, precision, n in product(registry.names("strategy"), PRECISIONS, (1, 2, 4)):
+        if registry.load("strategy", strategy).axis is not Axis.DATA:
+            continue  # they have parity tests of their own, with models that they divide
         try:
             Plan.of(Config().replace(strategies=strategy, num_processes=n))
         except ConfigError:
