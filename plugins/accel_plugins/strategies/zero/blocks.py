@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 from torch import nn
 
 from accel.errors import PrepareError
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+from accel.runtime.blocks import computes, has_parameters, repeated_modules
 
 
 def find_blocks(model: nn.Module, patterns: Sequence[str], minimum_size: int, setting: str) -> list[nn.Module]:
@@ -22,24 +21,15 @@ def find_blocks(model: nn.Module, patterns: Sequence[str], minimum_size: int, se
     shares a parameter with others stays with the rest of the model. Raises PrepareError for a pattern, of
     `setting`, that fits no module.
     """
-    found = _named(model, patterns, setting) if patterns else list(_repeated(model))
+    found = _named(model, patterns, setting) if patterns else list(repeated_modules(model))
     if not patterns:
         found = [block for block in found if sum(p.numel() for p in block.parameters()) >= max(minimum_size, 1)]
     shared = _shared_parameters(model, found)
     return [block for block in found if block is not model and shared.isdisjoint(map(id, block.parameters()))]
 
 
-def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    kinds = Counter(type(child) for child in module.children() if _computes(child) and _has_parameters(child))
-    for child in module.children():
-        if isinstance(module, _CONTAINERS) and kinds[type(child)] > 1:
-            yield child
-        else:
-            yield from _repeated(child)
-
-
 def _named(model: nn.Module, patterns: Sequence[str], setting: str) -> list[nn.Module]:
-    modules = {name: module for name, module in model.named_modules() if _computes(module) and _has_parameters(module)}
+    modules = {name: module for name, module in model.named_modules() if computes(module) and has_parameters(module)}
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
         expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]*"))
@@ -61,12 +51,3 @@ def _shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> set[int
     places.append({id(parameter) for module in rest for parameter in module.parameters(recurse=False)})
     owners = Counter(chain.from_iterable(places))
     return {parameter for parameter, count in owners.items() if count > 1}
-
-
-def _computes(module: nn.Module) -> bool:
-    """Whether a module can be called; lists and dicts of modules cannot."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None

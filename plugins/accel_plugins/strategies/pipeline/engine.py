@@ -1,0 +1,157 @@
+"""One model in stages: what this process holds of it, and the forward that takes the place of the model's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.runtime.collectives import broadcast_in_place
+
+from .absent import absent_parameter
+from .batches import Batch
+from .flight import Flight
+from .nest import put_together
+from .plan import make_plan
+from .streams import Streams
+from .tied import Tied
+from .wire import Wire
+
+if TYPE_CHECKING:
+    from .strategy import Pipeline
+
+
+class StagedModel:
+    """A model whose stages are on the processes along the pipeline, in place; all ranks make one together."""
+
+    def __init__(self, model: nn.Module, strategy: Pipeline) -> None:
+        self.model, self.precision, self.options = model, strategy.precision, strategy.options
+        self.rank, self.ranks, self.device = strategy.mesh.index, strategy.mesh.size, strategy.device
+        self.name = type(model).__name__
+        self.recomputes = strategy.options.schedule == "1f1b"
+        self.micro_batches = strategy.options.micro_batches or 2 * self.ranks
+        self.streams, self.wire = Streams(self.device), Wire(strategy.mesh.group, self.device)
+        broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], strategy.mesh.group)
+        self.own_forward = model.forward
+        self.plan = make_plan(model, strategy)
+        self.split, self.parts, self.layout = self.plan.split, self.plan.stage, self.plan.layout
+        self.holders = self._find_holders()
+        self._names: dict[int, tuple[str, nn.Parameter]] = {}
+        self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)
+        self._let_go()
+        model.forward = self.forward
+        self.flight: Flight | None = None
+        """The last forward call."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process has the last stage."""
+        return self.rank == self.ranks - 1
+
+    @property
+    def next(self) -> int:
+        """The process of the stage after one of this process's."""
+        return (self.rank + 1) % self.ranks
+
+    @property
+    def previous(self) -> int:
+        """The process of the stage before one of this process's."""
+        return (self.rank - 1) % self.ranks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, in micro-batches through all stages; returns the whole output on all processes."""
+        if torch.is_inference_mode_enabled():  # whose tensors tell no changes in place
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(*args, **kwargs)
+        batch = Batch(self.own_forward, args, kwargs, self.layout, self.micro_batches)
+        learns = torch.is_grad_enabled()
+        self.tied.watch()
+        self.flight = flight = Flight(self, batch, learns)
+        skeleton, values, learning = flight.forward()
+        if learns and any(learning):
+            inputs = [batch.tensors[place] for place in batch.learning()]
+            anchor = torch.zeros((), requires_grad=True)
+            made = iter(_Land.apply(flight, values, learning, anchor, *inputs))  # type: ignore[no-untyped-call]
+            values = [next(made) if learns else value for value, learns in zip(values, learning, strict=True)]
+        return put_together(skeleton, values)
+
+    def describe(self) -> dict[str, str]:
+        """Which stages hold each part, and why."""
+        last = self.split.stages
+        told = {}
+        for part, places in self.split.places.items():
+            stages = ", ".join("the end" if stage == last else f"stage {stage}" for stage in dict.fromkeys(places))
+            why = (
+                "first block of its stage"
+                if self.plan.begins_stage(part)
+                else "block"
+                if part in self.plan.blocks
+                else "called there"
+            )
+            told[part] = f"{stages} ({why})"
+        for name, holders in self.holders.items():
+            if len(holders) > 1:
+                told[name] = f"on processes {', '.join(map(str, holders))} of the pipeline, whose gradients are summed"
+        return told
+
+    def owner_of(self, parameter: nn.Parameter) -> int | None:
+        """The first process along the pipeline that holds a parameter; None if it is not of this model."""
+        known = self._names.get(id(parameter))
+        if known is None or known[1] is not parameter:
+            self._names = {id(p): (name, p) for name, p in self.model.named_parameters()}  # they may be sharded by now
+            known = self._names.get(id(parameter))
+        return self.holders[known[0]][0] if known is not None else None
+
+    def share_buffers(self) -> None:
+        """Give all processes the buffers that their stage has changed."""
+        for buffer, part in self.plan.buffers.items():
+            if self.model.training and part:
+                source = self.split.stage_of(part, len(self.split.places.get(part, ())), 0) % self.ranks
+                broadcast_in_place([self.model.get_buffer(buffer)], self.wire.group, source)
+
+    def _find_holders(self) -> dict[str, list[int]]:
+        """Which processes along the pipeline hold each parameter; those of parts that the example left out, all."""
+        stages: dict[str, set[int]] = {name: set() for name, _ in self.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for part, places in self.split.places.items():
+            for parameter in self.plan.parts[part].parameters():
+                stages[names[id(parameter)]].update(places)
+        for stage, needed in enumerate(self.split.parameters):
+            for name in needed:
+                stages[name].add(stage)
+        everyone = set(range(self.ranks))
+        return {name: sorted({self._rank_of(stage) for stage in found} or everyone) for name, found in stages.items()}
+
+    def _rank_of(self, stage: int) -> int:
+        return min(stage, self.split.stages - 1) % self.ranks
+
+    def _let_go(self) -> None:
+        """Keep of parameters that only other processes hold the names and shapes."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        stand_ins: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and self.rank not in self.holders.get(
+                    names.get(id(parameter), ""), [self.rank]
+                ):
+                    made = stand_ins.setdefault(id(parameter), absent_parameter(parameter, names[id(parameter)]))
+                    module._parameters[attribute] = made
+                    self._emptied = [*getattr(self, "_emptied", ()), parameter]
+        for parameter in getattr(self, "_emptied", ()):
+            parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
+
+
+class _Land(torch.autograd.Function):
+    """The whole pipeline as one node of the user's graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, flight: Flight, values: list[Tensor], learning: list[bool], anchor: Tensor, *inputs: Tensor
+    ) -> Any:
+        ctx.flight = flight
+        return tuple(value.detach() for value, learns in zip(values, learning, strict=True) if learns)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (None, None, None, None, *ctx.flight.backward(gradients))

@@ -1,0 +1,190 @@
+"""One forward call on its way through the stages, and its gradients on their way back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import PrepareError
+from accel.runtime.nested import tensors
+
+from .absent import Absent
+from .batches import Batch, merge, separate
+from .message import Failure, Message
+from .nest import take_apart
+from .schedule import Step, drain, fill, in_flight
+from .stage_pass import Pass
+
+if TYPE_CHECKING:
+    from .engine import StagedModel
+
+
+class Flight:
+    """What this process has of one forward call of the whole model; `learns` says whether backward may follow."""
+
+    def __init__(self, model: StagedModel, batch: Batch, learns: bool) -> None:
+        self.model, self.batch, self.learns = model, batch, learns
+        self.peak = 0
+        """Most micro-batches whose graph this process held at once."""
+        self._keeps = learns and not model.recomputes
+        self._passes: dict[Step, Pass] = {}
+        self._graphs: set[Step] = set()
+        self._ends: dict[int, Message] = {}
+        self._failure: Failure | None = None
+        self._error: Exception | None = None
+        self._drained = False
+
+    def forward(self) -> tuple[Any, list[Tensor], list[bool]]:
+        """Take all micro-batches through the stages; returns the output apart from its tensors, on every process.
+
+        The last value says which tensors learn. Raises the error of this stage, or PrepareError that names another's.
+        """
+        model = self.model
+        for step in fill(model.rank, model.ranks, model.split.stages, self.batch.count):
+            self._send_on(step, self._forward_step(step))
+        said, values = self._end() if model.is_last else (None, [])
+        found = model.wire.broadcast(model.ranks - 1, said, values, self._failure)
+        model.wire.finish()
+        if self._error is not None:
+            raise self._error
+        if isinstance(found, Failure):
+            raise PrepareError(f"pipeline: {found.text}")
+        (skeleton, learns), values = found
+        return skeleton, values, learns
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Take the gradients of the outputs that learn back; returns those of the arguments that want one."""
+        if self._drained:
+            raise PrepareError(
+                f"backward: a second time through one forward call of this {self.model.name}, whose pipeline has been "
+                "drained; add the losses up and call backward once, or call the model again"
+            )
+        self._drained = True
+        model = self.model
+        ends = self._backward_end(gradients) if model.is_last else []
+        steps = drain(model.rank, model.ranks, model.split.stages, self.batch.count)
+        ahead = deque(steps)
+        with model.tied.collecting():
+            for step in steps:
+                while model.recomputes and ahead and len(self._graphs) < in_flight(model.rank, model.ranks):
+                    self._recompute(ahead.popleft())
+                self._backward_step(step, ends)
+            model.wire.finish()
+        return self.batch.gradients(model.wire.group)
+
+    def _forward_step(self, step: Step) -> Message | Failure:
+        """The message of a micro-batch after this stage; a failure where this stage or one before it failed."""
+        message = self._receive(step)
+        if isinstance(message, Failure):
+            self._failure = self._failure or message
+        if self._failure is not None or isinstance(message, Failure):
+            return self._failure or message
+        batch = self.batch
+        done = Pass(self.model, step.stage, batch.skeleton, batch.values(step.micro_batch), batch.learning(), message)
+        try:
+            done.run(self._keeps)
+        except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
+            self._fail(error, f"stage {step.stage}")
+            return self._failure  # type: ignore[return-value]
+        sends = done.sends
+        assert sends is not None
+        if self.learns:
+            self._remember(step, done, sends)
+        return sends
+
+    def _remember(self, step: Step, done: Pass, sends: Message) -> None:
+        self._passes[step] = done
+        if self._keeps:
+            self._note_graph(step)
+        else:
+            sends.learns = [tensor.is_floating_point() for tensor in sends.payload]
+
+    def _receive(self, step: Step) -> Message | Failure:
+        if step.stage == 0:
+            return Message(int(torch.randint(2**62, ()).item()), [], [], [])
+        found = self.model.wire.receive(self.model.previous, step.stage)
+        if isinstance(found, Failure):
+            return found
+        (calls, learns), payload, seed = found
+        return Message(seed, calls, payload, learns)
+
+    def _send_on(self, step: Step, message: Message | Failure) -> None:
+        model = self.model
+        if step.stage == model.split.stages - 1:
+            if isinstance(message, Message):
+                self._ends[step.micro_batch] = message
+        elif isinstance(message, Failure):
+            model.wire.fail(model.next, message)
+        else:
+            model.wire.send(model.next, step.stage + 1, (message.calls, message.learns), message.payload, message.seed)
+
+    def _end(self) -> tuple[Any, list[Tensor]]:
+        """What follows the last stage, on the whole batch; returns what is to be said of the output, its tensors."""
+        if self._failure is not None:
+            return None, []
+        try:
+            messages = [self._ends[index] for index in range(self.batch.count)]
+            self._merged, self._origins = merge(messages, self.batch.sizes, self.model.split)
+            stages, batch = self.model.split.stages, self.batch
+            self._tail = Pass(self.model, stages, batch.skeleton, batch.values(None), batch.learning(), self._merged)
+            if self.learns and not self._keeps:
+                torch.clear_autocast_cache()  # of casts that were made without a graph
+            output = self._tail.run(self.learns)
+            self._check_present(output)
+        except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
+            self._fail(error, "the last stage")
+            return None, []
+        skeleton, self._outputs = take_apart(output)
+        learns = [tensor.requires_grad for tensor in self._outputs]
+        return (skeleton, learns), self._outputs
+
+    def _backward_end(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """Backward through what follows the last stage; returns gradients by micro-batch, of what its stage sent."""
+        outputs = [tensor for tensor in self._outputs if tensor.requires_grad]
+        with self.model.tied.collecting(exchange=False):
+            found = iter(self._tail.backward(outputs, gradients))
+        merged = [next(found) if learns else None for learns in self._merged.learns]
+        for place, arrival in self._tail.inputs.items():
+            self.batch.add_gradient(place, None, arrival.gradient)
+        messages = [self._ends.pop(index) for index in range(self.batch.count)]
+        self._outputs = []
+        return separate(merged, self._merged, self._origins, messages, self.model.split)
+
+    def _recompute(self, step: Step) -> None:
+        self._passes[step].run_again()
+        self._note_graph(step)
+
+    def _backward_step(self, step: Step, ends: list[list[Tensor | None]]) -> None:
+        model, done = self.model, self._passes.pop(step)
+        sends = done.sends
+        assert sends is not None
+        if step.stage == model.split.stages - 1:
+            back = done.backward(sends.payload, ends[step.micro_batch])
+        else:
+            learning = [t for t, learns in zip(sends.payload, sends.learns, strict=True) if learns]
+            back = done.backward(learning, model.wire.receive_gradients(model.next, learning))
+        if step.stage:
+            model.wire.send_gradients(model.previous, back)
+        for place, arrival in done.inputs.items():
+            self.batch.add_gradient(place, step.micro_batch, arrival.gradient)
+        self._graphs.discard(step)
+
+    def _note_graph(self, step: Step) -> None:
+        self._graphs.add(step)
+        self.peak = max(self.peak, len(self._graphs))
+
+    def _fail(self, error: Exception, where: str) -> None:
+        self._error = error
+        self._failure = Failure(f"{where} of {self.model.split.stages} failed: {type(error).__name__}: {error}")
+
+    def _check_present(self, output: Any) -> None:
+        for path, tensor in tensors(output):
+            if isinstance(tensor, Absent):
+                raise PrepareError(
+                    f"pipeline: output{path} needs {tensor.origin!r} of an earlier stage, which the example did not: "
+                    "let strategies.pipeline.example describe inputs with which it does"
+                )

@@ -1,1 +1,0 @@
-"""Tensor parallelism: the matrices of a layer divided among processes that see the same batch."""

@@ -1,0 +1,423 @@
+"""Pipeline: losses, gradients, weights are those of one plain process; each process holds and sends what it should."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from accel import Accelerator
+from accel.errors import PrepareError
+from accel.interfaces import Axis
+from accel.runtime.shards import Elsewhere
+from accel.testing import run
+
+from .models import CASES, CNN, GPT, VECTORS, WIDTH, Case, Skips, accelerator_for, adamw, loss_of, make, train_plainly
+
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def references(size=8):
+    """What one plain process gives for each case."""
+    [found] = run(1, train_all_plainly, size)
+    return found
+
+
+def train_all_plainly(size):
+    return {name: train_plainly(name, size=size) for name in CASES}
+
+
+def prepared(name, options=None, others=None, **settings):
+    case = CASES[name]
+    accelerator = accelerator_for(case, options, others, num_processes=dist_size(), **settings)
+    model = make(case)
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    return accelerator, model, optimizer
+
+
+def dist_size():
+    import os
+
+    return int(os.environ["WORLD_SIZE"])
+
+
+def train(name, reference, options=None, others=None, steps=5, size=8):
+    """How far this process is from the reference: in losses, and in gradients and weights of what it holds."""
+    accelerator, model, optimizer = prepared(name, options, others)
+    data, losses = accelerator.mesh.axis(Axis.DATA), []
+    for step in range(steps):
+        optimizer.zero_grad()
+        dim = 1 if name == "transformer" else 0
+        batch = {k: v.chunk(data.size, dim)[data.index] for k, v in CASES[name].batch(step, size).items()}
+        loss = loss_of(CASES[name], model, batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    return distance(model, losses, reference)
+
+
+def distance(model, losses, reference):
+    found = [abs(a - b) / abs(b) for a, b in zip(losses, reference.losses, strict=True)]
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Elsewhere):
+            assert parameter.grad is None
+            continue
+        gradient, expected = parameter.grad, reference.gradients.get(name)
+        assert (gradient is None) == (expected is None), name
+        pairs = [(parameter.detach(), reference.weights[name])]
+        pairs += [] if gradient is None else [(gradient, expected)]
+        for mine, theirs in pairs:
+            mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            found.append((mine - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-3))
+    return max(found)
+
+
+def train_cases(names, references, options, others=None, size=8):
+    return {name: train(name, references[name], options, others, size=size) for name in names}
+
+
+def assert_close(results):
+    for rank, distances in enumerate(results):
+        for name, found in distances.items():
+            assert found < TOLERANCE, f"{name} on rank {rank}"
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_each_schedule_trains_as_one_process(schedule):
+    options = {"micro_batches": 4, "schedule": schedule}
+    names = ["gpt", "skips", "shared"] if schedule == "interleaved" else list(CASES)
+    assert_close(run(2, train_cases, names, references(), options, timeout=100))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_four_stages(schedule):
+    options = {"micro_batches": 4, "schedule": schedule}
+    assert_close(run(4, train_cases, ["gpt", "transformer", "shared"], references(), options, timeout=100))
+
+
+@pytest.mark.parametrize("other", ["ddp", "zero2", "zero3"])
+def test_beside_a_strategy_on_the_data_axis(other):
+    options = {"size": 2, "micro_batches": 2, "schedule": "1f1b" if other == "zero3" else "gpipe"}
+    others = {other: {} if other == "ddp" else {"minimum_size": 0}}
+    assert_close(run(4, train_cases, ["gpt", "shared"], references(), options, others, timeout=100))
+
+
+def test_uneven_micro_batches():
+    assert_close(run(2, train_cases, ["gpt", "skips"], references(5), {"micro_batches": 3}, None, 5))
+    assert_close(run(2, train_cases, ["gpt"], references(1), {"micro_batches": 3}, None, 1))
+
+
+def held_elements():
+    _, model, _ = prepared("deep gpt")
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, Elsewhere)), sum(
+        p.numel() for p in model.blocks.parameters() if not isinstance(p, Elsewhere)
+    )
+
+
+def test_a_process_holds_its_stage_only():
+    torch.manual_seed(0)
+    whole = GPT(8)
+    each_block = sum(p.numel() for p in whole.blocks[0].parameters())
+    outside = sum(p.numel() for p in whole.parameters()) - 8 * each_block
+    for held, of_blocks in run(4, held_elements):
+        assert of_blocks == 2 * each_block
+        assert held <= of_blocks + outside
+
+
+def in_flight(schedule, micro_batches):
+    accelerator, model, _ = prepared("gpt", {"schedule": schedule, "micro_batches": micro_batches})
+    accelerator.backward(loss_of(CASES["gpt"], model, CASES["gpt"].batch(0, micro_batches)))
+    return accelerator.strategies[0].staged(model).flight.peak
+
+
+def test_1f1b_keeps_few_micro_batches():
+    assert run(4, in_flight, "gpipe", 6) == [6, 6, 6, 6]
+    assert run(4, in_flight, "1f1b", 6) == [4, 3, 2, 1]
+
+
+def sent_bytes():
+    accelerator, model, _ = prepared("deep gpt", {"micro_batches": 4})
+    case, staged = CASES["deep gpt"], accelerator.strategies[0].staged(model)
+    accelerator.backward(loss_of(case, model, case.batch(0, 8)))
+    before = staged.wire.sent
+    accelerator.backward(loss_of(case, model, case.batch(1, 8)))
+    return staged.wire.sent - before
+
+
+def test_bytes_are_those_of_the_hidden_states():
+    """Once shapes are known: hidden states forth, gradients back, outputs, tied gradients, and headers of 24 bytes."""
+    hidden, logits, tied = 8 * 6 * WIDTH * 4, 8 * 6 * 37 * 4, 37 * WIDTH * 4
+    first, middle, _, last = run(4, sent_bytes)
+    assert first == hidden + tied + 4 * 24
+    assert middle == 2 * hidden + 4 * 24 + 4
+    assert last == hidden + tied + logits + 4 + 24
+
+
+def bf16_losses():
+    losses = []
+    for schedule in ("gpipe", "1f1b"):
+        accelerator, model, optimizer = prepared("gpt", {"schedule": schedule}, mixed_precision="bf16")
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = loss_of(CASES["gpt"], model, CASES["gpt"].batch(step, 8))
+            accelerator.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def bf16_reference():
+    accelerator = Accelerator(device="cpu", mixed_precision="bf16")
+    model = make(CASES["gpt"])
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    losses = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(CASES["gpt"], model, CASES["gpt"].batch(step, 8))
+        accelerator.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses * 2
+
+
+def test_bf16():
+    [expected] = run(1, bf16_reference)
+    for losses in run(2, bf16_losses):
+        assert losses == pytest.approx(expected, rel=2e-2)
+        assert losses[:3] == pytest.approx(losses[3:], rel=1e-6), "recomputed is as kept"
+
+
+def accumulate_and_clip():
+    accelerator, model, optimizer = prepared("gpt", gradient_accumulation_steps=2)
+    norms = []
+    for step in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(CASES["gpt"], model, CASES["gpt"].batch(step, 8)))
+            norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.1).item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return norms[1::2], accelerator.get_state_dict(model)
+
+
+def accumulate_and_clip_plainly():
+    model = make(CASES["gpt"])
+    optimizer, norms = adamw(model), []
+    for step in range(4):
+        (loss_of(CASES["gpt"], model, CASES["gpt"].batch(step, 8)) / 2).backward()
+        if step % 2:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return norms, model.state_dict()
+
+
+def test_accumulation_and_the_norm_over_all_stages():
+    [(norms, weights)] = run(1, accumulate_and_clip_plainly)
+    for found, state in run(2, accumulate_and_clip):
+        assert found == pytest.approx(norms, rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+
+
+def evaluate():
+    _, model, _ = prepared("gpt")
+    model.eval()
+    tokens = CASES["gpt"].batch(0, 3)["tokens"]
+    with torch.no_grad():
+        positional, named = model(tokens), model(tokens=tokens)
+    with torch.inference_mode():
+        inference = model(tokens[:1, :4])
+    assert not positional.requires_grad and torch.equal(positional, named)
+    return positional, inference
+
+
+def evaluate_plainly():
+    model = make(CASES["gpt"]).eval()
+    tokens = CASES["gpt"].batch(0, 3)["tokens"]
+    with torch.no_grad():
+        return model(tokens), model(tokens[:1, :4])
+
+
+def test_evaluation_gives_the_output_on_every_stage():
+    [expected] = run(1, evaluate_plainly)
+    for found in run(2, evaluate):
+        torch.testing.assert_close(found, expected)
+
+
+def several_passes():
+    """Two forwards before one backward, two backwards before one step; the gradients."""
+    accelerator, model, _ = prepared("gpt")
+    case = CASES["gpt"]
+    accelerator.backward(sum(loss_of(case, model, case.batch(step, 8)) for step in range(2)))
+    accelerator.backward(loss_of(case, model, case.batch(2, 8)))
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_several_forwards_and_backwards_add_up():
+    model, case = make(CASES["gpt"]), CASES["gpt"]
+    sum(loss_of(case, model, case.batch(step, 8)) for step in range(3)).backward()
+    for gradients in run(2, several_passes):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-5, atol=1e-6)
+
+
+def dropout_gradients(schedule):
+    case = Case(lambda: GPT(dropout=0.5), CASES["gpt"].batch, CASES["gpt"].loss, CASES["gpt"].options)
+    accelerator = accelerator_for(case, {"schedule": schedule}, num_processes=2)
+    model = accelerator.prepare(make(case))
+    torch.manual_seed(accelerator.process_index)
+    accelerator.backward(loss_of(case, model, case.batch(0, 8)))
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, torch.rand(2)
+
+
+def test_dropout_is_the_same_when_computed_again():
+    for (kept, after), (again, later) in zip(
+        run(2, dropout_gradients, "gpipe"), run(2, dropout_gradients, "1f1b"), strict=True
+    ):
+        assert torch.equal(after, later)
+        for name, gradient in kept.items():
+            torch.testing.assert_close(gradient, again[name], rtol=1e-5, atol=1e-6)
+
+
+def gradient_of_the_input():
+    accelerator, model, _ = prepared("skips")
+    x = CASES["skips"].batch(0, 8)["x"].requires_grad_()
+    accelerator.backward(loss_of(CASES["skips"], model, {"x": x}))
+    return x.grad
+
+
+def test_gradients_reach_the_input_on_every_stage():
+    model = make(CASES["skips"])
+    x = CASES["skips"].batch(0, 8)["x"].requires_grad_()
+    loss_of(CASES["skips"], model, {"x": x}).backward()
+    for gradient in run(2, gradient_of_the_input):
+        torch.testing.assert_close(gradient, x.grad, rtol=1e-5, atol=1e-7)
+
+
+class Fails(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.fail = False
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if self.fail and index == 2 and x.abs().sum() >= 0:
+                raise ValueError("broken")
+        return x
+
+
+def fail_and_go_on():
+    case = Case(Fails, None, None, VECTORS)
+    accelerator = accelerator_for(case, {"split": ["blocks.2"]}, num_processes=2)
+    model = accelerator.prepare(make(case))
+    x = torch.ones(4, WIDTH)
+    expected = model(x)
+    model.fail = accelerator.process_index == 1
+    with pytest.raises((ValueError, PrepareError), match="broken"):
+        model(x)
+    model.fail = False
+    assert torch.equal(model(x), expected)
+    return True
+
+
+def test_an_error_in_one_stage_reaches_the_others_and_the_next_call_works():
+    assert run(2, fail_and_go_on) == [True, True]
+
+
+def resume(folder, pipelined, save):
+    size = dist_size()
+    accelerator = (
+        accelerator_for(CASES["gpt"], num_processes=size)
+        if pipelined
+        else Accelerator(device="cpu", num_processes=size)
+    )
+    model = make(CASES["gpt"])
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    if not save:
+        accelerator.load_state(folder)
+    for step in range(2) if save else range(2, 4):
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(CASES["gpt"], model, CASES["gpt"].batch(step, 8)))
+        optimizer.step()
+    if save:
+        accelerator.save_state(folder)
+    return accelerator.get_state_dict(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_moves_between_stages_and_one_process(first, tmp_path):
+    expected = train_plainly("gpt", steps=4).weights
+    run(2 if first else 1, resume, f"{tmp_path}/state", first, True)
+    for state in run(1 if first else 2, resume, f"{tmp_path}/state", not first, False):
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+
+
+class TwoOutputs(nn.Module):
+    """Samples that are computed together: each sees the mean of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) - x.mean(0)
+        return x
+
+
+class Changes(nn.Module):
+    """Changes in place what a block has returned, before it is used again."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        x += 1
+        return self.blocks[1](x)
+
+
+OUTCOMES = {
+    "samples computed together": (TwoOutputs, {}, "are samples computed together"),
+    "batch norm": (functools.partial(CNN, norm=True), {}, "micro_batches: 1"),
+    "no such block": (Skips, {"split": ["upp"]}, "names no module"),
+    "too many stages": (Skips, {"split": ["up.0", "up.1"]}, "2 processes"),
+    "an empty stage": (Skips, {"split": ["start"]}, "are not called in this order"),
+    "too few blocks": (
+        functools.partial(nn.Linear, WIDTH, 3),
+        {"example": {"input": f"float32[4, {WIDTH}]"}},
+        "as many blocks",
+    ),
+    "changes in place": (Changes, {}, "right"),
+}
+"""A model and options, and what prepare says of them; "right" if the output is that of the whole model."""
+
+
+def outcomes():
+    return {name: outcome(make_model, options) for name, (make_model, options, _) in OUTCOMES.items()}
+
+
+def outcome(make_model, options):
+    case = Case(make_model, None, None, {**VECTORS, **options})
+    x = torch.ones(4, 1, 8, 8) if "norm" in getattr(make_model, "keywords", {}) else torch.ones(4, WIDTH)
+    try:
+        model = make(case)
+        expected = model(x)
+        torch.testing.assert_close(accelerator_for(case, num_processes=2).prepare(model)(x), expected)
+    except PrepareError as error:
+        return str(error)
+    return "right"
+
+
+def test_what_cannot_be_right_is_refused():
+    for told in run(2, outcomes):
+        for name, (_, _, says) in OUTCOMES.items():
+            assert says in told[name], name
