@@ -130,17 +130,28 @@ class Wizard:
         self.values[declared.name] = [self._with_options(declared, name, chosen).dump() for name in marked]
 
     def _ask_strategies(self, declared: Setting) -> None:
-        """One for each axis of the mesh on which a strategy is installed."""
-        chosen, choices = current_choices(declared, self.values), []
-        axes = _strategies_by_axis(self.current("num_processes"))
-        for axis, names in axes.items():
-            offered = {**names, "none": ""} if len(axes) > 1 else names
-            default = next((choice.name for choice in chosen if choice.name in names), "none")
-            asked = f"{declared.name} ({axis} axis)" if len(axes) > 1 else declared.name
-            name = questions.choose(asked, declared.meaning, offered, default)
-            if name != "none":  # of several axes, all but the data axis need a size
-                choices.append(self._with_options(declared, name, chosen, ask=axis is not Axis.DATA))
-        self.values[declared.name] = shorten(declared, [choice.dump() for choice in choices])
+        """The one on the data axis, and those on axes that the file fills already."""
+        chosen = {choice.name for choice in current_choices(declared, self.values)}
+        for axis, names in self._axes().items():
+            if axis is Axis.DATA or not chosen.isdisjoint(names):
+                self._ask_axis(declared, axis, names)
+
+    def _ask_axis(self, declared: Setting, axis: Axis, names: Mapping[str, str]) -> None:
+        """One strategy for an axis of the mesh, or none; those on other axes stay."""
+        chosen = current_choices(declared, self.values)
+        others = [choice for choice in chosen if choice.name not in names]
+        default = next((choice.name for choice in chosen if choice.name in names), "none")
+        place = next((i for i, choice in enumerate(chosen) if choice.name in names), len(chosen))
+        offered = {**names, "none": ""} if others or axis is not Axis.DATA else names
+        asked = f"{declared.name} ({axis} axis)" if others or axis is not Axis.DATA else declared.name
+        name = questions.choose(asked, declared.meaning, offered, default)
+        if name != "none":  # of several axes, all but the data axis need a size
+            others.insert(place, self._with_options(declared, name, chosen, ask=axis is not Axis.DATA))
+        self.values[declared.name] = shorten(declared, [choice.dump() for choice in others])
+
+    def _axes(self) -> dict[Axis, dict[str, str]]:
+        """The strategies of each axis, with what there is to say of each."""
+        return _strategies_by_axis(self.current("num_processes"))
 
     def _with_options(self, declared: Setting, name: str, chosen: list[Choice], ask: bool = False) -> Choice:
         """A plugin with the options that it had, changed if the user wants to, or has to."""
@@ -163,9 +174,25 @@ class Wizard:
             for name, declared in SETTINGS.items()
             if name not in self.asked and self.applies(name)
         }
+        axes = self._other_axes()
+        others |= {name: ", ".join(names) for name, (_, names) in axes.items()}
         if questions.confirm("Change other settings?", False, ", ".join(others)):
             for name in questions.choose_several("other settings", "Those to change.", others):
-                self.ask(name)
+                if name in axes:
+                    self._ask_axis(SETTINGS["strategies"], *axes[name])
+                else:
+                    self.ask(name)
+
+    def _other_axes(self) -> dict[str, tuple[Axis, dict[str, str]]]:
+        """The axes, besides that of the data, that have not been asked about."""
+        if not self.applies("strategies"):
+            return {}
+        chosen = {choice.name for choice in current_choices(SETTINGS["strategies"], self.values)}
+        return {
+            f"strategies ({axis} axis)": (axis, names)
+            for axis, names in self._axes().items()
+            if axis is not Axis.DATA and chosen.isdisjoint(names)
+        }
 
 
 def _usable(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -286,23 +286,38 @@ def test_a_third_party_plugin_is_asked_about_like_any_other(
     assert _read(config_path)["strategies"] == {"gossip": options}
 
 
-def test_strategies_of_two_axes_are_asked_for_in_turn(
-    child_site: PackageSite, config_path: Path, without_torch: None
-) -> None:
-    source = "from accel.interfaces import Axis, Strategy\nclass Plugin(Strategy):\n    '''Cuts layers.'''\n"
-    child_site.install("cut-strategy", "strategy", "cut", f"{source}    axis = Axis.TENSOR\n")
+def test_other_axes_are_asked_about_where_that_is_wanted(config_path: Path, without_torch: None) -> None:
     session = Session()
     session.answer(MACHINES)
     session.answer(PROCESSES, "4" + ENTER)
-    session.answer(PRECISION)
-    session.answer("strategies (data axis)")
-    session.answer("Change options of ddp?")
+    for question in (PRECISION, STRATEGIES, "Change options of ddp?", ACCUMULATION):
+        session.answer(question)
+    session.answer(OTHERS, "y")
+    session.answer("Space marks, Enter goes on", UP + SPACE + ENTER)  # the last of them
     session.answer("strategies (tensor axis)", DOWN + ENTER)
     session.answer("Processes along this axis", "2" + ENTER)
-    for question in (ACCUMULATION, OTHERS, REVIEW):
+    for question in ("How layers are held", "Inputs on which the model runs", REVIEW):
         session.answer(question)
     assert session.finish() == 0
-    assert _read(config_path)["strategies"] == ["ddp", {"cut": {"size": 2}}]
+    assert _read(config_path)["strategies"] == ["ddp", {"tensor": {"size": 2}}]
+
+
+def test_axes_that_the_file_fills_are_asked_about(existing: Path) -> None:
+    existing.write_text(
+        "num_processes: 4\nmixed_precision: fp32\n"
+        "strategies: [{tensor: {size: 2}}, ddp]\ngradient_accumulation_steps: 1\n"
+    )
+    before, session = existing.read_text(), Session()
+    for question in (MACHINES, PROCESSES, PRECISION, "strategies (data axis)", "Change options of ddp?"):
+        session.answer(question)
+    session.answer("strategies (tensor axis)")
+    for question in ("Processes along this axis", "How layers are held", "Inputs on which the model runs"):
+        session.answer(question)
+    session.answer(ACCUMULATION)
+    session.answer(OTHERS)
+    session.child.expect_exact("Nothing changed")
+    assert session.finish() == 0
+    assert existing.read_text() == before
 
 
 def test_a_broken_plugin_does_not_stop_the_wizard(

@@ -74,7 +74,7 @@ def combinations() -> list[Any]:
     found = []
     for strategy, precision, n in product(registry.names("strategy"), PRECISIONS, (1, 2, 4)):
         if registry.load("strategy", strategy).axis is not Axis.DATA:
-            continue
+            continue  # they have parity tests of their own, with models that they divide
         try:
             Plan.of(Config().replace(strategies=strategy, num_processes=n))
         except ConfigError:

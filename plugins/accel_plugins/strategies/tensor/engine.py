@@ -1,0 +1,140 @@
+"""One model that is divided: found out how, divided, and held against the whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from accel.errors import PrepareError
+from accel.runtime.collectives import broadcast_in_place
+from accel.runtime.example import Inputs, example_inputs, tried_out
+
+from . import check
+from .layers import apply
+from .observe import observe
+from .peers import Peers
+from .plan import Decision, Decisions, Planner, groups
+
+if TYPE_CHECKING:
+    from .strategy import Tensor
+
+
+class DividedModel:
+    """A model, and how each of its layers is held."""
+
+    def __init__(self, model: nn.Module, strategy: Tensor) -> None:
+        self.model, self.strategy = model, strategy
+        axis = strategy.mesh
+        self.group, self.device_mesh = axis.group, axis.device_mesh
+        self.peers = Peers(axis.size, axis.index, axis.size, self.group)
+        self._check_parameters()
+        broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], self.group)
+        inputs = example_inputs(model, strategy.options.example, "strategies.tensor.example")
+        originals = list(model.parameters())
+        with _own_kernels():
+            self.draws = self._draws_random_numbers(inputs)
+            seen = observe(model, inputs, axis.size)
+            self.decisions = Planner(model, seen, axis.size).decide(strategy.options.plan)
+            self._divide(inputs)
+        for parameter in originals:
+            parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
+        self._agree_on_random_numbers()
+
+    def before_forward(self) -> None:
+        """Let replicated activations draw the same dropout masks."""
+        if self.draws and self.model.training:
+            self._agree_on_random_numbers()
+
+    def describe(self) -> dict[str, str]:
+        """How each layer is held, and why."""
+        size = self.strategy.mesh.size
+        found = {name: decision.describe(size) for name, decision in self.decisions.items()}
+        for name, module in self.model.named_modules():
+            if name not in found and next(module.parameters(recurse=False), None) is not None:
+                found[name] = Decision("replicate").describe(size)
+        return found
+
+    def _divide(self, inputs: Inputs) -> None:
+        """Divide the model and compare; where it differs, leave out what does. Raises PrepareError if that fails."""
+        expected = check.run(self.model, inputs)
+        if not self._differs(self.decisions, inputs, expected):
+            return
+        faults = {}
+        for group in groups(self.decisions):
+            if fault := self._differs(group, inputs, expected):
+                faults.update(dict.fromkeys(group, fault))
+        for name, fault in faults.items():
+            if self.decisions[name].why == "strategies.tensor.plan":
+                raise PrepareError(f"strategies.tensor.plan: {name!r} cannot be divided: {fault}")
+            self.decisions[name] = Decision("replicate", f"divided, it changes {fault}")
+        if fault := self._differs(self.decisions, inputs, expected):
+            raise PrepareError(
+                f"prepare: tensor cannot divide this {type(self.model).__name__}: on an example it changes {fault}; "
+                "name the layers to divide in strategies.tensor.plan, or use `zero3`"
+            )
+
+    def _differs(self, decisions: Decisions, inputs: Inputs, expected: check.Result) -> str:
+        """How the model differs from the whole one if it is divided so; empty if it does not. Leaves it so."""
+        styles = {name: decision.style for name, decision in decisions.items()}
+        apply(self.model, styles, self.peers, self.device_mesh)
+        try:
+            fault = check.compare(check.run(self.model, inputs), expected)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+            fault = f"nothing, but fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        return self._agreed(fault)
+
+    def _agreed(self, fault: str) -> str:
+        """The first fault that any of the processes found."""
+        found: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(found, fault, group=self.group)
+        return next((fault for fault in found if fault), "")
+
+    def _check_parameters(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, DTensor):
+                raise PrepareError(
+                    f"prepare: tensor cannot divide this {type(self.model).__name__}: parameter {name!r} is already "
+                    f"divided over {parameter.device_mesh}; leave that to prepare()"
+                )
+
+    def _draws_random_numbers(self, inputs: Inputs) -> bool:
+        """Whether a training forward uses torch's generators."""
+        args, kwargs = inputs
+        with tried_out(self.model), torch.no_grad():
+            self.model.train()
+            before = self._random_state()
+            self.model(*args, **kwargs)
+            return not torch.equal(before, self._random_state())
+
+    def _agree_on_random_numbers(self) -> None:
+        """All processes of the axis go on from the generator state of the first."""
+        state = self._random_state()
+        moved = state.to(self.strategy.device)
+        dist.broadcast(moved, group=self.group, group_src=0)
+        if self.strategy.device.type == "cpu":
+            torch.set_rng_state(moved)
+        else:
+            torch.get_device_module(self.strategy.device).set_rng_state(moved.cpu())
+
+    def _random_state(self) -> torch.Tensor:
+        if self.strategy.device.type == "cpu":
+            return torch.get_rng_state()
+        state: torch.Tensor = torch.get_device_module(self.strategy.device).get_rng_state()
+        return state
+
+
+@contextlib.contextmanager
+def _own_kernels() -> Iterator[None]:
+    """Inside, torch's transformer layers call their sublayers in evaluation too, as they do in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

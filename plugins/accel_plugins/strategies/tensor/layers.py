@@ -1,0 +1,260 @@
+"""Layers whose weights are divided, and all others of a model, whose weights are held by all processes.
+
+A layer keeps its class, but for a subclass of it that lets its forward find plain tensors where parameters are
+DTensors: the process's own part in a divided layer, the whole in code that reads a layer's weight from elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
+from accel.errors import PrepareError
+from accel.runtime.nested import map_tensors
+
+from .divided import Divided, Division, divide, part_of, whole_of
+from .peers import Peers
+
+_LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is just x W + b, so that it can be divided."""
+    known = type(module) in _LINEARS or is_transposed(module)
+    return known and module._parameters.get("weight") is not None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as [in, out], as GPT-2's of Hugging Face does."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+class Layer:
+    """Mixin of all modules of a model that is divided: forward sees plain tensors for parameters."""
+
+    _peers: Peers
+    _mesh: DeviceMesh
+    _own_forward: ClassVar[Any]
+    divided_dims: ClassVar[Mapping[str, int]] = {}
+    """The dim along which each parameter is divided, by name; others are held whole."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if _inside.depth and isinstance(value, DTensor) and value.device_mesh == self._mesh:
+            return value.full_tensor() if value.placements[0].is_shard() else value.to_local()
+        return value
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise PrepareError(
+            f"copy.deepcopy: this {type(self).__name__} is divided among the processes and cannot be copied; copy it "
+            "before prepare() and prepare both, whose parameters then pair up; for its weights, use get_state_dict()"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _inside.depth += 1
+        try:
+            output = self.compute(*args, **kwargs)
+        finally:
+            _inside.depth -= 1
+            if not _inside.depth:
+                self._peers.forget()
+        return output if _inside.depth else map_tensors(whole_of, output, Divided)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the user's own class."""
+        return self._own_forward(*args, **kwargs)
+
+    def own(self, name: str) -> Tensor | None:
+        """This process's part of a parameter that this layer divides, or the whole of one that it does not."""
+        value, dim = self._parameters.get(name), self.divided_dims.get(name)
+        if value is None:
+            return None
+        if dim is None or value.placements[0].is_shard(dim):
+            return value.to_local()  # type: ignore[no-any-return]
+        return self._peers.own(self._peers.copy(value.full_tensor()), dim)  # tied to what another layer holds whole
+
+
+class _Inside:
+    """How many forward calls of divided models are under way."""
+
+    depth = 0
+
+
+_inside = _Inside()
+
+
+class Column(Layer):
+    """A linear layer of which each process computes some outputs: [.., in] -> [.., out], divided along the last dim."""
+
+    divided_dims = {"weight": 0, "bias": 0}
+    gathers = False
+
+    def compute(self, x: Tensor) -> Tensor:
+        peers = self._peers
+        x = peers.copy_once(whole_of(x))
+        out = self.multiply(x, self.own("weight"), self.own("bias"))
+        result: Tensor = divide(out, Division(peers, out.dim() - 1))
+        return whole_of(result) if self.gathers else result
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        """x W + b with a weight of [out, in]."""
+        return F.linear(x, weight, bias)
+
+
+class Row(Layer):
+    """A linear layer of which each process takes some inputs, as a column layer leaves them; their shares are added."""
+
+    divided_dims = {"weight": 1}
+
+    def compute(self, x: Tensor) -> Tensor:
+        peers, bias = self._peers, self.own("bias")
+        out = peers.add(self.multiply(self.part_of_input(x), self.own("weight")))
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def part_of_input(self, x: Tensor) -> Tensor:
+        """What this process takes of the input, which may be divided, or held whole by all."""
+        last = x.dim() - 1
+        if isinstance(x, Divided) and (x.division.dim, x.division.outer) == (last, 1):
+            return part_of(x)
+        whole: Tensor = whole_of(x)
+        return self._peers.own(self._peers.copy(whole), last)
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Any) -> Tensor:
+        """x W with a weight of [out, in]."""
+        return F.linear(x, weight)
+
+
+class TransposedColumn(Column):
+    """A column layer whose weight is [in, out]."""
+
+    divided_dims = {"weight": 1, "bias": 0}
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        return F.linear(x, weight.t(), bias)
+
+
+class TransposedRow(Row):
+    """A row layer whose weight is [in, out]."""
+
+    divided_dims = {"weight": 0}
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Any) -> Tensor:
+        return F.linear(x, weight.t())
+
+
+class GatheredColumn(Column):
+    """A column layer whose outputs are put together, such as a head over the vocabulary."""
+
+    gathers = True
+
+
+class TransposedGatheredColumn(TransposedColumn):
+    """The same with a weight of [in, out]."""
+
+    gathers = True
+
+
+class Vocabulary(Layer):
+    """An embedding of which each process holds some rows: indices [..] -> [.., width], added over the processes."""
+
+    divided_dims = {"weight": 0}
+
+    def compute(self, indices: Tensor) -> Tensor:
+        weight, peers = self.own("weight"), self._peers
+        assert weight is not None
+        rows = weight.shape[0]
+        places = whole_of(indices) - peers.index * rows
+        elsewhere = (places < 0) | (places >= rows)
+        padding = -1 if self.padding_idx is None else self.padding_idx - peers.index * rows
+        found = F.embedding(
+            places.masked_fill(elsewhere, 0), weight, padding_idx=padding if 0 <= padding < rows else None
+        )
+        return peers.add(found.masked_fill(elsewhere.unsqueeze(-1), 0))
+
+
+class Recurrent(Layer):
+    """An RNN, whose forward takes its parameters from a list of its own."""
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        kept: Any = self._flat_weights  # type: ignore[has-type]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return super().compute(*args, **kwargs)
+        finally:
+            self._flat_weights = kept
+
+
+STYLES: dict[str, tuple[type[Layer], type[Layer]]] = {
+    "column": (Column, TransposedColumn),
+    "row": (Row, TransposedRow),
+    "gathered": (GatheredColumn, TransposedGatheredColumn),
+    "vocabulary": (Vocabulary, Vocabulary),
+    "replicate": (Layer, Layer),
+}
+"""The mixin of each way to hold a layer, and that for a weight of [in, out]."""
+
+
+def apply(model: nn.Module, styles: Mapping[str, str], peers: Peers, mesh: DeviceMesh) -> None:
+    """Divide the layers of a model as `styles` says, by name; replicate all others. Tied parameters stay tied.
+
+    Parameters become DTensors on `mesh`; those of a model that has been divided are first put together again.
+    """
+    mixins = {}
+    dims: dict[nn.Parameter, int] = {}
+    for name, module in model.named_modules():
+        restore_class(module)
+        mixins[module] = _mixin(module, styles.get(name, "replicate"))
+        for key, dim in mixins[module].divided_dims.items():
+            if (parameter := module._parameters.get(key)) is not None:
+                dims.setdefault(parameter, dim)
+    made = {parameter: _distribute(parameter, mesh, dims.get(parameter)) for parameter in model.parameters()}
+    for module, mixin in mixins.items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = made[parameter]
+        adopt(module, mixin, peers, mesh)
+
+
+def _mixin(module: nn.Module, style: str) -> type[Layer]:
+    return Recurrent if isinstance(module, nn.RNNBase) else STYLES[style][is_transposed(module)]
+
+
+def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None) -> nn.Parameter:
+    """A parameter as a DTensor, divided along a dim or replicated."""
+    whole = parameter.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    placements = [Replicate() if dim is None else Shard(dim)]
+    result = nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None), parameter.requires_grad)
+    result.__dict__.update(parameter.__dict__)  # what the user noted there
+    return result
+
+
+def adopt(module: nn.Module, mixin: type[Layer], peers: Peers, mesh: DeviceMesh) -> None:
+    """Give a module a mixin's behaviour, in place."""
+    module.__dict__["_peers"], module.__dict__["_mesh"] = peers, mesh
+    module.__class__ = _adopted_class(mixin, type(module))  # type: ignore[arg-type]
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `adopt`; harmless to others."""
+    if isinstance(module, Layer):
+        module.__class__ = type(module).__bases__[1]
+        del module.__dict__["_peers"], module.__dict__["_mesh"]
+
+
+@functools.cache
+def _adopted_class(mixin: type[Layer], own: type[nn.Module]) -> type[Any]:
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    forward = functools.wraps(own.forward)(lambda self, *args, **kwargs: Layer.forward(self, *args, **kwargs))
+    return type(own.__name__, (mixin, own), {**names, "forward": forward, "_own_forward": own.forward})

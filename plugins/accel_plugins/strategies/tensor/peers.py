@@ -1,0 +1,128 @@
+"""The processes that share each layer, and what they tell one another in forward and backward.
+
+Megatron-LM (Shoeybi et al. 2019) calls the first two of these its operators f and g: what is copied in forward is
+added up in backward, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(eq=False)
+class Peers:
+    """The processes of one tensor axis.
+
+    `parts` is the number of parts that tensors are really in: `size`, or 1 while a model is only observed, where
+    tensors are whole and `divided_whole` hears of each that a real run would have to put together again.
+    """
+
+    size: int
+    index: int = 0
+    parts: int = 1
+    group: ProcessGroup | None = None
+    divided_whole: Callable[[frozenset[Any], Undividable], None] | None = None
+    copied: list[Any] = field(default_factory=list)
+    """The last input of a divided layer, its version, and its `copy`: those of query, key and value share one."""
+
+    def copy(self, whole: Tensor) -> Tensor:
+        """The same tensor for use on parts of the work: each process adds its share of the gradient."""
+        if self.parts == 1 or not (whole.requires_grad and torch.is_grad_enabled()):
+            return whole
+        copied: Tensor = _Copy.apply(whole, self.group)  # type: ignore[no-untyped-call]
+        return copied
+
+    def copy_once(self, whole: Tensor) -> Tensor:
+        """`copy`, shared by all layers that take this very tensor one after another: one exchange, not three."""
+        if self.parts == 1 or not (whole.requires_grad and torch.is_grad_enabled()):
+            return whole
+        if not self.copied or self.copied[0] is not whole or self.copied[1] != whole._version:
+            self.copied[:] = [whole, whole._version, self.copy(whole)]
+        result: Tensor = self.copied[2]
+        return result
+
+    def forget(self) -> None:
+        """No layer will ask for the last input again."""
+        self.copied.clear()
+
+    def add(self, share: Tensor) -> Tensor:
+        """The sum of what the processes bring, on all of them."""
+        if self.parts == 1:
+            return share
+        total: Tensor = _Add.apply(share, self.group)  # type: ignore[no-untyped-call]
+        return total
+
+    def own(self, whole: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """This process's part of a tensor that all hold: of each of `outer` equal pieces of a dim, one of `parts`."""
+        if self.parts == 1:
+            return whole
+        pieces: Tensor = whole.unflatten(dim, (outer, self.parts, -1)).select(dim + 1, self.index)  # type: ignore[no-untyped-call]
+        return pieces.flatten(dim, dim + 1)
+
+    def gather(self, part: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """The whole tensor, on all processes: the reverse of `own`. Each brings the whole gradient."""
+        if self.parts == 1:
+            return part
+        whole: Tensor = _Gather.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        return whole
+
+
+class Undividable(Exception):
+    """Something that cannot be done part by part; the message says what. `indivisible` if for a number alone."""
+
+    def __init__(self, reason: str, indivisible: bool = False) -> None:
+        super().__init__(reason)
+        self.indivisible = indivisible
+
+
+class _Copy(torch.autograd.Function):
+    """Nothing in forward; the sum over the processes in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        total = gradient.clone(memory_format=torch.contiguous_format)  # the gradient may be another's too
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Add(torch.autograd.Function):
+    """The sum over the processes in forward; nothing in backward, where all hold the same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, group: ProcessGroup) -> Tensor:
+        total = share.clone(memory_format=torch.contiguous_format)  # selective checkpointing may keep the share
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    """All parts, put together, in forward; the own part of the gradient in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, dim: int, outer: int, peers: Peers) -> Tensor:
+        ctx.dim, ctx.outer, ctx.peers = dim, outer, peers
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(peers.parts)]
+        dist.all_gather(parts, part, group=peers.group)
+        pieces = [piece.unflatten(dim, (outer, -1)) for piece in parts]  # type: ignore[no-untyped-call]
+        return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.peers.own(gradient, ctx.dim, ctx.outer).contiguous(), None, None, None

@@ -1,0 +1,216 @@
+"""What operations do on divided tensors part by part: shapes apart, which `views` knows.
+
+A rule takes a `Call` and returns its result, or raises Undividable: then the operation gets whole tensors. Dims are
+compared counting from the last, as broadcasting does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import views
+from .divided import Call, Divided, Division, divide, moved, whole_shape
+from .peers import Undividable
+
+Rule = Callable[[Call], Any]
+
+
+def rule_of(name: str) -> Rule:
+    """The rule for a function of this name."""
+    if name.startswith(("is_", "new_")):
+        return Call.run
+    return RULES.get(name, _refuse)
+
+
+def _refuse(call: Call) -> Any:
+    raise Undividable(f"it meets {call.name}")
+
+
+def _size(call: Call) -> Any:
+    """The shape of the whole, or one size of it."""
+    shape = torch.Size(whole_shape(call.first))
+    dim = call.option(1, "dim")
+    return shape if dim is None else shape[dim]
+
+
+def _count(call: Call) -> int:
+    return torch.Size(whole_shape(call.first)).numel()
+
+
+def _length(call: Call) -> int:
+    return whole_shape(call.first)[0]
+
+
+def _pointwise(call: Call) -> Any:
+    """Each element from those at its place, with broadcasting."""
+    division, place = _common(call)
+    if call.name.endswith("_") and not call.name.endswith("__") and not isinstance(call.first, Divided):
+        raise Undividable(f"{call.name} changes a whole tensor")
+    size = _sizes(call)[place]
+    result = call.run(lambda value: _fit(value, division, place, size))
+    return divide(result, moved(division, result.dim() + place))
+
+
+def _common(call: Call) -> tuple[Division, int]:
+    """The one division of all divided arguments, and its dim counted from the last."""
+    found = call.divided()
+    divisions = [tensor.division for tensor in found]
+    places = {division.dim - tensor.dim() for division, tensor in zip(divisions, found, strict=True)}
+    if len(places) > 1 or len({division.outer for division in divisions}) > 1:
+        raise Undividable(f"{call.name} brings together tensors that are divided in different ways")
+    sources = frozenset[Any]().union(*(division.sources for division in divisions))
+    first = divisions[0]
+    return Division(first.peers, first.dim, first.outer, sources), places.pop()
+
+
+def _sizes(call: Call) -> list[int]:
+    return max((whole_shape(tensor) for tensor in call.divided()), key=len)
+
+
+def _fit(value: Any, division: Division, place: int, size: int | None = None) -> Any:
+    """A whole tensor's part, if it has the divided dim; else it is used by all, and its gradient is of all."""
+    if isinstance(value, Divided):
+        return value
+    value = division.peers.copy(value)
+    if value.dim() < -place or value.shape[place] != size or size == 1:
+        return value
+    return division.peers.own(value, value.dim() + place, division.outer)
+
+
+def _softmax(call: Call) -> Any:
+    """Along a dim that is not divided."""
+    dim = call.option(1, "dim")
+    division = call.first.division
+    if dim is None or dim % call.first.dim() == division.dim:
+        raise Undividable(f"it meets {call.name} along what would be divided")
+    return divide(call.run(), division)
+
+
+def _reduction(call: Call) -> Any:
+    """Over dims that are not divided."""
+    first, dims = call.first, call.option(1, "dim")
+    if not isinstance(dims, (int, list, tuple)) or dims in ((), []):
+        raise Undividable(f"it meets {call.name} over all elements")
+    gone = {dim % first.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
+    division = first.division
+    if division.dim in gone:
+        raise Undividable(f"it meets {call.name} over what would be divided")
+    result = call.run()
+    kept = result.dim() == first.dim()
+    return divide(result, division if kept else moved(division, division.dim - sum(d < division.dim for d in gone)))
+
+
+def _norm(call: Call) -> Any:
+    """layer_norm and rms_norm: over the last dims, scaled by parameters that all processes share."""
+    first, division = call.first, call.first.division
+    if division.dim >= first.dim() - len(call.option(1, "normalized_shape")):
+        raise Undividable(f"it meets {call.name} over what would be divided")
+    return divide(call.run(lambda value: value if value is first else division.peers.copy(value)), division)
+
+
+def _linear(call: Call) -> Any:
+    """By a matrix that all processes hold, along any dim but the last."""
+    first, division = call.first, call.first.division
+    if division.dim == first.dim() - 1:
+        raise Undividable("it meets a product over what would be divided")
+    return divide(call.run(lambda value: value if value is first else division.peers.copy(value)), division)
+
+
+def _matmul(call: Call) -> Any:
+    """Batched: divided along a batch dim, or along rows of the left or columns of the right operand."""
+    division, place = _common(call)
+    left, right = call.args[:2]
+    if place <= -3:
+        size = _sizes(call)[place]
+        result = call.run(lambda value: _fit(value, division, place, size))
+    elif (place == -2 and not isinstance(right, Divided)) or (place == -1 and not isinstance(left, Divided)):
+        result = call.run(lambda value: _fit(value, division, place))
+    else:
+        raise Undividable(f"{call.name} sums over what would be divided")
+    return divide(result, moved(division, result.dim() + place))
+
+
+def _attention(call: Call) -> Any:
+    """scaled_dot_product_attention on [.., heads, positions, width], divided along heads or samples."""
+    division, place = _common(call)
+    if place > -3:
+        raise Undividable("attention sums over what would be divided")
+    query, key, value = (call.option(i, name) for i, name in enumerate(("query", "key", "value")))
+    sizes = {id(tensor): whole_shape(tensor)[place] for tensor in (query, key, value)}
+    mask, size = call.option(3, "attn_mask"), whole_shape(query)[place]
+    if size % division.peers.size or any(own % division.peers.size for own in sizes.values()):
+        raise Undividable(f"its heads do not divide by {division.peers.size}", indivisible=True)
+    result = call.run(lambda t: _fit(t, division, place, size if t is mask else sizes[id(t)]))
+    return divide(result, moved(division, result.dim() + place))
+
+
+def _cat(call: Call) -> Any:
+    """cat along a dim that is not divided."""
+    items = [item for item in call.option(0, "tensors") if tuple(item.shape) != (0,)]  # as a cache begins
+    dim = call.option(1, "dim", 0)
+    division, place = _common(call)
+    shapes = [whole_shape(item) for item in items]
+    if dim - (items[0].dim() if dim >= 0 else 0) == place or len({len(shape) for shape in shapes}) > 1:
+        raise Undividable("cat along what would be divided")
+    size = _sizes(call)[place]
+    return divide(torch.cat([_fit(item, division, place, size) for item in items], dim), division)
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_ARITHMETIC = "add sub mul div true_divide floor_divide pow remainder fmod rsub maximum minimum where lerp"
+_UNARY = (
+    "abs neg negative exp expm1 log log1p log2 sqrt rsqrt reciprocal square sin cos tan tanh sigmoid erf floor ceil "
+    "round sign relu relu6 gelu silu mish elu selu celu leaky_relu softplus softsign hardswish hardtanh hardsigmoid "
+    "logsigmoid tanhshrink dropout alpha_dropout feature_dropout clamp clip clamp_min clamp_max nan_to_num masked_fill "
+    "threshold prelu isnan isinf isfinite logical_not bitwise_not addcmul addcdiv quick_gelu"
+)
+_COMPARISONS = "eq ne lt le gt ge logical_and logical_or isclose"
+_DUNDERS = (
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __pow__ __rpow__ "
+    "__neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __iadd__ __isub__ __imul__ "
+    "__itruediv__ __idiv__"
+)
+_COPIES = (
+    "to type type_as float double half bfloat16 int long bool cpu cuda contiguous clone detach data "
+    "zeros_like ones_like empty_like full_like rand_like randn_like"
+)
+_FACTS = (
+    "dtype device requires_grad is_leaf grad_fn ndim dim layout names itemsize element_size get_device output_nr "
+    "_version retain_grad register_hook requires_grad_ _backward_hooks nbytes retains_grad __hash__ volatile"
+)
+
+
+def _of_first(rule: Rule) -> Rule:
+    """A rule for calls whose first argument alone is divided."""
+
+    def checked(call: Call) -> Any:
+        if not isinstance(call.first, Divided) or len(call.divided()) > 1:
+            raise Undividable(f"{call.name} brings together tensors that are divided in different ways")
+        return rule(call)
+
+    return checked
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_names(_ARITHMETIC) + _names(_UNARY) + _names(_COMPARISONS), _pointwise),
+    **dict.fromkeys([name + "_" for name in _names(_ARITHMETIC) + _names(_UNARY)], _pointwise),
+    **dict.fromkeys(_names(_DUNDERS) + _names(_COPIES), _pointwise),
+    **dict.fromkeys(_names(_FACTS), Call.run),
+    **dict.fromkeys(_names("softmax log_softmax cumsum"), _of_first(_softmax)),
+    **dict.fromkeys(_names("sum mean var std amax amin logsumexp argmax"), _of_first(_reduction)),
+    **dict.fromkeys(_names("layer_norm rms_norm"), _of_first(_norm)),
+    **dict.fromkeys(_names("matmul bmm __matmul__"), _matmul),
+    **dict.fromkeys(_names("cat concat concatenate"), _cat),
+    **dict.fromkeys(_names("shape size"), _size),
+    **dict.fromkeys(_names("numel nelement"), _count),
+    "__len__": _length,
+    "linear": _of_first(_linear),
+    "scaled_dot_product_attention": _attention,
+    **{name: _of_first(rule) for name, rule in views.RULES.items()},
+}

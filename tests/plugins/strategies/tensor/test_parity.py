@@ -1,0 +1,97 @@
+"""Losses, gathered gradients and weights after five AdamW steps are those of plain torch on one process."""
+
+import pytest
+
+from accel.testing import run
+
+from . import models
+from .training import deviations
+
+LIMIT = {"loss": 1e-6, "gradient": 1e-5, "norm": 1e-5, "weight": 1e-5}
+
+ATTENTION = {"attention.q": "column", "attention.o": "row"}
+FEED = {"up": "column", "down": "row"}
+VOCABULARY = {"embedding": "vocabulary", "head": "column"}
+TORCHS = {"linear1": "column", "linear2": "row", "out_proj": "replicated", **VOCABULARY}
+
+OWN = [
+    (models.GPT, {**ATTENTION, **FEED, **VOCABULARY, "norm1": "replicated"}),
+    (models.tied_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
+    (models.shared_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
+    (models.fused_gpt, {**FEED, **VOCABULARY, "qkv": "replicated (it is cut in 3 pieces"}),
+    (models.Choosy, {**ATTENTION, **FEED, **VOCABULARY}),
+    (models.Encoder, TORCHS),
+    (models.Seq2Seq, TORCHS),
+    (models.Recurrent, {"layers.0": "column", "layers.2": "row", "layers.4": "column", "lstm": "replicated"}),
+    (models.FunctionalHead, {**ATTENTION, **FEED, "embedding": "replicated (its weight is read by other code"}),
+]
+
+HUGGING_FACE = {
+    "Bert": {"query": "column", "attention.output.dense": "row", "intermediate.dense": "column", "decoder": "column"},
+    "GPT2": {"c_fc": "column", "mlp.c_proj": "row", "wte": "vocabulary", "c_attn": "replicated (it is cut in 3"},
+    "Llama": {"k_proj": "column over 2 (its own plan", "o_proj": "row", "gate_proj": "column", "embed_tokens": "vocab"},
+    "Mixtral": {"k_proj": "column", "o_proj": "row", "experts": "replicated", "gate": "replicated"},
+    "T5": {"EncDecAttention.k": "column", "SelfAttention.o": "row", "wi": "column", "lm_head": "column"},
+    "ViT": {"q_proj": "column", "o_proj": "row", "fc1": "column", "fc2": "row"},
+}
+
+
+def check(found, said):
+    """Within the limits, and each layer whose name ends so is held so."""
+    worst, described = found
+    assert all(worst[what] <= limit for what, limit in LIMIT.items()), worst
+    for ending, held in said.items():
+        lines = {name: line for name, line in described.items() if f".{name}".endswith(f".{ending}")}
+        assert lines and all(line.startswith(held) for line in lines.values()), (ending, held, described)
+
+
+def tensor(n):
+    return {"tensor": {"size": n}}
+
+
+def all_of(cases, n, steps=5):
+    """Several models in one call: each worker has to import what they need, and to meet the others, but once."""
+    return [deviations(make, args, n, tensor(n), steps=steps) for make, *args in cases]
+
+
+def test_own_models_on_two_processes():
+    for results in run(2, all_of, [(make,) for make, _ in OWN], 2, timeout=110):
+        for found, (_, said) in zip(results, OWN, strict=True):
+            check(found, said)
+
+
+def test_on_four_processes():
+    makes = [models.GPT, models.Encoder]
+    for results in run(4, all_of, [(make,) for make in makes], 4, timeout=110):
+        for found, make in zip(results, makes, strict=True):
+            check(found, dict(OWN)[make])
+
+
+def test_hugging_face_models():
+    pytest.importorskip("transformers")
+    cases = [(models.hugging_face, kind) for kind in HUGGING_FACE]
+    for results in run(2, all_of, cases, 2, 3, timeout=110):
+        for found, said in zip(results, HUGGING_FACE.values(), strict=True):
+            check(found, said)
+
+
+def test_accumulation_and_clipping():
+    for found in run(2, deviations, models.GPT, (), 2, tensor(2), 3, 0.1):
+        check(found, {})
+
+
+def test_bf16():
+    """Within some units of bf16: sums over the processes are rounded to it once more."""
+    for worst, _ in run(2, deviations, models.GPT, (), 2, tensor(2), 1, None, "bf16"):
+        assert worst["loss"] < 2**-8 and worst["gradient"] < 2**-6 and worst["weight"] < 2**-6, worst
+
+
+RECOMPUTED = {"activation_checkpointing": "selective", "minimum_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "data"), [(models.GPT, {"ddp": {}}), (models.tied_gpt, {"zero3": {}}), (models.GPT, {"zero3": RECOMPUTED})]
+)
+def test_beside_a_data_axis(make, data):
+    for found in run(4, deviations, make, (), 4, {**tensor(2), **data}, 2, 0.1, "fp32", 3):
+        check(found, {**ATTENTION, **FEED, **VOCABULARY})

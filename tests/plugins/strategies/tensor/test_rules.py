@@ -1,0 +1,138 @@
+"""Operations on tensors that are divided over two processes give what they give on whole ones, and its gradient."""
+
+import pytest
+import torch
+from accel_plugins.strategies.tensor.divided import Divided, Division, divide, part_of, whole_of
+from accel_plugins.strategies.tensor.peers import Peers
+from torch.nn import functional as F
+
+from accel import Accelerator
+from accel.testing import run
+
+B, T, H, W = 2, 3, 4, 5
+
+MASK = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(1)) > 0.3
+BIAS = torch.randn(1, H, T, T, generator=torch.Generator().manual_seed(2))
+
+BY_HEADS = {
+    "view": lambda x, w: x.flatten(2).view(B, T, H, -1),
+    "view apart and together": lambda x, w: x.view(B * T, H * W).reshape(B, T, 2, 2, W),
+    "heads into samples": lambda x, w: x.transpose(1, 2).reshape(B * H, T, W) @ x.transpose(1, 2).reshape(B * H, W, T),
+    "attention by hand": lambda x, w: (attention(x) + BIAS * w).masked_fill(~MASK, -9).softmax(-1),
+    "torch's attention": lambda x, w: F.scaled_dot_product_attention(
+        *heads(x), attn_mask=(BIAS * w).expand(B, -1, -1, -1)
+    ),
+    "causal attention": lambda x, w: (
+        F.scaled_dot_product_attention(*heads(x), is_causal=True).transpose(1, 2).flatten(2)
+    ),
+    "rotation": lambda x, w: x * w + torch.cat((-x[..., W // 2 :], x[..., : W // 2]), dim=-1) * w.cos(),
+    "norm of each head": lambda x, w: F.layer_norm(x, (W,), weight=w.expand(W)),
+    "a linear layer": lambda x, w: F.linear(x, w.expand(7, W), w.expand(7)),
+    "repeated heads": lambda x, w: x[:, :, :, None].expand(B, T, H, 3, W).reshape(B, T, 3 * H, W).permute(0, 2, 3, 1),
+    "repeat_interleave": lambda x, w: x.repeat_interleave(2, dim=2).unsqueeze(1).squeeze(1).mT,
+    "reductions": lambda x, w: (
+        x.mean(-1) + x.sum(dim=(1, 3), keepdim=True).squeeze(-1) * x.var(-1, keepdim=True)[..., 0]
+    ),
+    "pieces of others": lambda x, w: (
+        torch.cat(x.split([2, 3], dim=-1)[::-1], -1) + sum(x.chunk(5, -1)) + x.unbind(-1)[0][..., None]
+    ),
+    "a power, in place": lambda x, w: (x * 1).mul_(w).add_(torch.arange(H)[:, None] * w).clamp_(-1, 1) ** 2,
+    "where": lambda x, w: torch.where(torch.arange(H)[:, None] > 1, x, w),
+    "an early cache": lambda x, w: torch.cat([torch.tensor([]), x], dim=-1),
+    "a product of matrices": lambda x, w: x @ w.expand(W, 2),
+    "numbers of the shape": lambda x, w: x / (x.shape[2] + x.size(-2) + x.numel() + len(x)),
+    "facts": lambda x, w: x.to(torch.float64).type_as(w) * x.dim() * (x.is_floating_point() + x.requires_grad),
+}
+"""Of [B, T, H, W], divided along the heads, and a parameter that all hold; what stays divided."""
+
+GATHERED = {
+    "sum of all": lambda x, w: x.sum() * w,
+    "one head": lambda x, w: x[:, :, 1] * w,
+    "some heads": lambda x, w: x[:, :, 1:3] * w,
+    "over the heads": lambda x, w: x.softmax(2).cumsum(2),
+    "norm of all": lambda x, w: F.layer_norm(x, (H, W)),
+    "indexed by a tensor": lambda x, w: x[:, torch.tensor([0, 2])] * x.index_select(2, torch.tensor([3]))[:, :2],
+    "einsum": lambda x, w: torch.einsum("bthw,bshw->bhts", x, x),
+    "heads that do not divide": lambda x, w: x.reshape(B, T, H * W).view(B, T, W, H),
+    "cat of heads": lambda x, w: torch.cat([x, x * w], dim=2),
+    "two ways": lambda x, w: x[..., :H] + x[..., :H].transpose(2, 3),
+    "in a list": lambda x, w: torch.stack([x, x]),
+    "plain changed by divided": lambda x, w: (w * torch.ones(B, T, H, W)).add_(x),
+}
+"""What needs the whole, and so gets it."""
+
+
+def heads(x):
+    return x.transpose(1, 2), x.transpose(1, 2).cos(), x.transpose(1, 2).sin()
+
+
+def attention(x):
+    query, key, _ = heads(x)
+    return torch.matmul(query, key.transpose(-2, -1)) / W**0.5
+
+
+def values():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(B, T, H, W, generator=generator).requires_grad_(), torch.full((1,), 0.7, requires_grad=True)
+
+
+def peers_of_two():
+    accelerator = Accelerator(strategies={"tensor": {"size": 2}}, num_processes=2, device="cpu")
+    axis = accelerator.strategies[0].mesh
+    return Peers(2, axis.index, 2, axis.group)
+
+
+def backward(result):
+    weights = torch.linspace(-1, 2, result.numel()).view_as(result)
+    (result * weights).sum().backward()
+
+
+def compare_all():
+    """Each operation, on whole and on divided values; the gradient of the part is the part of the gradient."""
+    peers, wrong = peers_of_two(), []
+    for name, operation in {**BY_HEADS, **GATHERED}.items():
+        (x, w), (y, v) = values(), values()
+        expected = operation(x, w)
+        backward(expected)
+        found = operation(divide(peers.own(peers.copy(y), 2), Division(peers, 2)), v)
+        if isinstance(found, Divided) != (name in BY_HEADS):
+            wrong.append(f"{name}: {type(found).__name__}")
+        whole = whole_of(found)
+        torch.testing.assert_close(whole, expected, msg=lambda text, name=name: f"{name}: {text}")
+        backward(whole)
+        for mine, theirs in ((y, x), (v, w)):
+            if theirs.grad is not None:
+                torch.testing.assert_close(mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+    assert wrong == [], wrong
+
+
+def test_operations():
+    run(2, compare_all)
+
+
+def compare_fused():
+    """What is divided within each of three pieces, as the output of one layer for query, key and value."""
+    peers = peers_of_two()
+    whole = torch.arange(2 * 24.0).view(2, 24)
+    x = divide(peers.own(whole, 1, outer=3), Division(peers, 1, outer=3))
+    for piece, expected in zip(x.chunk(3, -1), whole.chunk(3, -1), strict=True):
+        assert isinstance(piece, Divided) and piece.division.outer == 1
+        assert torch.equal(whole_of(piece.view(2, 2, 4)), expected.view(2, 2, 4))
+    assert torch.equal(whole_of(x.view(2, 3, 2, 4)[:, 1] + 1), whole.view(2, 3, 2, 4)[:, 1] + 1)
+    assert torch.equal(whole_of(x), whole)
+
+
+def test_pieces_with_a_part_of_each():
+    run(2, compare_fused)
+
+
+def refuse_in_place():
+    peers = peers_of_two()
+    x = divide(torch.ones(2, 2), Division(peers, 1))
+    with pytest.raises(RuntimeError, match=r"__setitem__: cannot change .* in place .*strategies\.tensor\.plan"):
+        x[:, 1] = 0
+    assert part_of(x).shape == (2, 2) and x.shape == (2, 4) and not isinstance(part_of(x), Divided)
+
+
+def test_changes_in_place_that_need_the_whole_are_refused():
+    run(2, refuse_in_place)

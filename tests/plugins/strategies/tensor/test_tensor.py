@@ -1,0 +1,245 @@
+"""What tensor parallelism promises besides parity: plans, parts, bytes, refusals, and the objects that a loop uses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from accel.config import Config
+from accel.errors import ConfigError, PrepareError
+from accel.plan import Plan
+from accel.testing import run
+
+from . import models
+from .training import accelerator_for, adamw, make_of_seed
+
+
+class Sent(TorchDispatchMode):
+    """Counts the elements of each collective call."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = args[0][0] if isinstance(args[0][0], list) else args[0]
+            self.elements.append(sum(tensor.numel() for tensor in tensors))
+        return function(*args, **(kwargs or {}))
+
+
+def prepared(make=models.GPT, n=2, seed=0, **options):
+    accelerator = accelerator_for(n, {"tensor": {"size": n, **options}})
+    return accelerator, accelerator.prepare(make_of_seed(make, seed))
+
+
+def described(make, n, options):
+    accelerator, model = prepared(make, n, **options)
+    return accelerator.strategies[0].describe(model)
+
+
+def parts():
+    """Each process holds half of what is divided, and no more memory than that; one exchange where one is enough."""
+    accelerator, model = prepared(models.tied_gpt)
+    assert model.head.weight is model.embedding.weight and isinstance(model.blocks[0].up, nn.Linear)
+    for name in ("embedding.weight", "blocks.0.attention.q.weight", "blocks.1.down.weight", "blocks.0.up.bias"):
+        parameter = model.get_parameter(name)
+        local = parameter.to_local()
+        assert 2 * local.numel() == parameter.numel() == 2 * local.untyped_storage().nbytes() // 4, name
+        assert accelerator.strategies[0].owns(parameter)
+    assert accelerator.strategies[0].owns(model.norm.weight) == (accelerator.process_index == 0)
+    assert model.blocks[0].down.bias.to_local().numel() == models.WIDTH
+    optimizer = accelerator.prepare(adamw(model))
+    with Sent() as sent:
+        loss = models.loss_of(model, 0)
+        forward, sent.elements = sent.elements, []
+        accelerator.backward(loss)
+    activations = 4 * models.LENGTH * models.WIDTH
+    logits = 4 * models.LENGTH * models.VOCABULARY // 2
+    assert forward == [activations] * 5 + [2 * logits], forward  # the embedding, two for each block, the head
+    assert sent.elements == [activations] * 5, sent.elements  # the head, two for each block
+    optimizer.step()
+    assert optimizer.state[model.embedding.weight]["exp_avg"].to_local().numel() == model.embedding.weight.numel() // 2
+
+
+def test_each_process_holds_and_sends_what_it_should():
+    run(2, parts)
+
+
+def evaluate():
+    """Without gradients, in evaluation, in parts, and from a module's own method, numbers are those of one process."""
+    reference = make_of_seed(models.Encoder, 0).eval()
+    accelerator, model = prepared(models.Encoder)
+    model.eval()
+    x = models.tokens(3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-6)
+        hidden = model.encoder(model.embedding(x))
+        torch.testing.assert_close(hidden, reference.encoder(reference.embedding(x)), rtol=1e-5, atol=1e-6)
+        assert type(model.encoder.layers[0].linear1(hidden)) is torch.Tensor
+    state = accelerator.get_state_dict(model)
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in state.items())
+    model.load_state_dict(make_of_seed(models.Encoder, 5).state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), make_of_seed(models.Encoder, 5).eval()(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(PrepareError, match="copy it before prepare"):
+        copy.deepcopy(model)
+
+
+def test_evaluation_parts_and_states():
+    run(2, evaluate)
+
+
+class Dropouts(models.GPT):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, tokens):
+        return super().forward(tokens) * self.dropout(torch.ones(len(tokens), 1, 1))
+
+
+def drop():
+    """Dropout of what all hold is alike, even after a loop has seeded each process in its own way."""
+    accelerator, model = prepared(Dropouts)
+    for seed in range(3):
+        torch.manual_seed(10 * seed + accelerator.process_index)
+        mask = model(models.tokens(0)).abs().sum((1, 2)) > 0
+        yield mask.tolist()
+
+
+def drops():
+    return list(drop())
+
+
+def test_dropout_of_what_all_hold_is_alike():
+    first, second = run(2, drops)
+    assert first == second and len(set(map(tuple, first))) > 1
+
+
+def save(folder, n):
+    accelerator = accelerator_for(n, {"tensor": {"size": n}} if n > 1 else "single")
+    model = make_of_seed(models.tied_gpt, 0)
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    losses = [one_step(accelerator, model, optimizer, seed) for seed in range(2)]
+    accelerator.save_state(folder)
+    return losses + [one_step(accelerator, model, optimizer, seed) for seed in range(2, 4)]
+
+
+def load(folder, n):
+    accelerator = accelerator_for(n, {"tensor": {"size": n}} if n > 1 else "single")
+    model = make_of_seed(models.tied_gpt, 7)
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    accelerator.load_state(folder)
+    return [one_step(accelerator, model, optimizer, seed) for seed in range(2, 4)]
+
+
+def one_step(accelerator, model, optimizer, seed):
+    loss = models.loss_of(model, seed)
+    accelerator.backward(loss)
+    optimizer.step(), optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (1, 2)])
+def test_checkpoints_load_on_another_number_of_processes(saved, loaded, tmp_path):
+    expected = run(saved, save, str(tmp_path / "state"), saved)[0]
+    assert run(loaded, load, str(tmp_path / "state"), loaded)[0] == pytest.approx(expected[2:], rel=1e-6)
+
+
+class OneHead(nn.Module):
+    """Attention with three heads, which two processes cannot share."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 12)
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.up, self.down, self.head = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 10)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(F.normalize(x + self.down(self.up(x).relu()), dim=-1))
+
+
+def test_what_does_not_divide_stays_whole_and_says_why():
+    for found in run(2, described, OneHead, 2, {}):
+        assert found["q"] == found["v"] == "replicated (it is cut into 3, which do not divide by 2)"
+        assert (
+            found["up"] == "column over 2 (derived: feeds down)" and found["down"] == "row over 2 (derived: fed by up)"
+        )
+
+
+def test_the_users_plan_comes_first():
+    plan = {"blocks.0": "replicate", "blocks.*.attention": "replicate", "head": "vocabulary", "embedding": "replicate"}
+    for found in run(2, described, models.GPT, 2, {"plan": plan}):
+        assert found["blocks.0.up"] == found["blocks.1.attention.q"] == "replicated (strategies.tensor.plan)"
+        assert found["blocks.1.up"] == "column over 2 (derived: feeds blocks.1.down)"
+        assert found["head"] == "column over 2, gathered (strategies.tensor.plan)"
+
+
+REFUSED = [
+    ({"q": "column"}, "plan: 'q' cannot be divided: it is cut into 3, which do not divide by 2"),
+    ({"layers.*": "column"}, "plan: 'layers.*' names no linear or embedding layer of OneHead; it has: embedding, q"),
+    ({"embedding": "column"}, "plan: 'embedding' is an embedding: vocabulary or replicate, not column"),
+]
+
+
+def refuse(options):
+    with pytest.raises(PrepareError) as caught:
+        prepared(OneHead, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("plan", "message"), REFUSED)
+def test_plans_that_cannot_be_followed_are_refused(plan, message):
+    assert all(message in said for said in run(2, refuse, {"plan": plan}))
+
+
+def refuse_models():
+    said = [refuse({"example": {"tokens": "float32[2]"}})]
+    model = models.GPT()
+    accelerator_for(2, {"tensor": {"size": 2}}).prepare(model)
+    with pytest.raises(PrepareError) as caught:
+        accelerator_for(2, {"tensor": {"size": 2}}).prepare(nn.Sequential(model))
+    return [*said, str(caught.value)]
+
+
+def test_models_that_cannot_be_tried_out_or_are_divided_already_are_refused():
+    for example, divided in run(2, refuse_models):
+        assert "found no inputs on which OneHead runs" in example and "strategies.tensor.example" in example
+        assert "is already divided over" in divided
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": {"q": "columns"}}, r"^strategies\.tensor\.plan\.q: expected one of column, .* got 'columns'"),
+        ({"example": {"x": "float[2]"}}, r"^strategies\.tensor\.example\.x: expected a tensor as in"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_worker_starts(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan.of(Config().replace(strategies={"tensor": {"size": 2, **options}}, num_processes=2))
+
+
+class Wrong(models.GPT):
+    """Differs between calls: no division can be told from the whole."""
+
+    def forward(self, tokens):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(tokens) * self.calls
+
+
+def refuse_wrong():
+    with pytest.raises(PrepareError) as caught:
+        prepared(Wrong)
+    return str(caught.value)
+
+
+def test_a_model_that_differs_when_it_is_divided_is_refused():
+    assert all("tensor cannot divide this Wrong: on an example it changes output by" in e for e in run(2, refuse_wrong))
