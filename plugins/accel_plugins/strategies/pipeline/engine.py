@@ -41,8 +41,8 @@ class StagedModel:
         self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)
         self._let_go()
         model.forward = self.forward
-        self.flight: Flight | None = None
-        """The last forward call."""
+        self.peak = 0
+        """Most micro-batches whose graph this process has held at once."""
 
     @property
     def is_last(self) -> bool:
@@ -67,7 +67,7 @@ class StagedModel:
         batch = Batch(self.own_forward, args, kwargs, self.layout, self.micro_batches)
         learns = torch.is_grad_enabled()
         self.tied.watch()
-        self.flight = flight = Flight(self, batch, learns)
+        flight = Flight(self, batch, learns)
         skeleton, values, learning = flight.forward()
         if learns and any(learning):
             inputs = [batch.tensors[place] for place in batch.learning()]

@@ -28,12 +28,12 @@ class Flight:
 
     def __init__(self, model: StagedModel, batch: Batch, learns: bool) -> None:
         self.model, self.batch, self.learns = model, batch, learns
-        self.peak = 0
-        """Most micro-batches whose graph this process held at once."""
         self._keeps = learns and not model.recomputes
         self._passes: dict[Step, Pass] = {}
         self._graphs: set[Step] = set()
         self._ends: dict[int, Message] = {}
+        self._tail: Pass | None = None
+        self._outputs: list[Tensor] = []
         self._failure: Failure | None = None
         self._error: Exception | None = None
         self._drained = False
@@ -138,20 +138,26 @@ class Flight:
         except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
             self._fail(error, "the last stage")
             return None, []
-        skeleton, self._outputs = take_apart(output)
-        learns = [tensor.requires_grad for tensor in self._outputs]
-        return (skeleton, learns), self._outputs
+        skeleton, outputs = take_apart(output)
+        learns = [tensor.requires_grad for tensor in outputs]
+        if any(learns):
+            self._outputs = outputs
+        else:  # nobody will ask for it
+            self._ends, self._tail = {}, None
+        return (skeleton, learns), outputs
 
     def _backward_end(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """Backward through what follows the last stage; returns gradients by micro-batch, of what its stage sent."""
+        tail = self._tail
+        assert tail is not None
         outputs = [tensor for tensor in self._outputs if tensor.requires_grad]
         with self.model.tied.collecting(exchange=False):
-            found = iter(self._tail.backward(outputs, gradients))
+            found = iter(tail.backward(outputs, gradients))
         merged = [next(found) if learns else None for learns in self._merged.learns]
-        for place, arrival in self._tail.inputs.items():
+        for place, arrival in tail.inputs.items():
             self.batch.add_gradient(place, None, arrival.gradient)
         messages = [self._ends.pop(index) for index in range(self.batch.count)]
-        self._outputs = []
+        self._outputs, self._tail = [], None
         return separate(merged, self._merged, self._origins, messages, self.model.split)
 
     def _recompute(self, step: Step) -> None:
@@ -175,7 +181,7 @@ class Flight:
 
     def _note_graph(self, step: Step) -> None:
         self._graphs.add(step)
-        self.peak = max(self.peak, len(self._graphs))
+        self.model.peak = max(self.model.peak, len(self._graphs))
 
     def _fail(self, error: Exception, where: str) -> None:
         self._error = error

@@ -131,7 +131,7 @@ def test_a_process_holds_its_stage_only():
 def in_flight(schedule, micro_batches):
     accelerator, model, _ = prepared("gpt", {"schedule": schedule, "micro_batches": micro_batches})
     accelerator.backward(loss_of(CASES["gpt"], model, CASES["gpt"].batch(0, micro_batches)))
-    return accelerator.strategies[0].staged(model).flight.peak
+    return accelerator.strategies[0].staged(model).peak
 
 
 def test_1f1b_keeps_few_micro_batches():
