@@ -6,7 +6,8 @@ AccelError
 ├── PrepareError     an object given to `prepare`, or what the loop did with it, cannot be trained right
 ├── CollectiveError  processes brought different shapes, types or counts to one collective call
 ├── LaunchError      worker processes could not be started, or one of them failed
-└── CheckpointError  a checkpoint is missing, damaged, or belongs to other objects
+└── CheckpointError  a checkpoint is missing, or belongs to other objects
+    └── DamagedError     its files are not complete, or not what was written
 """
 
 from __future__ import annotations
@@ -42,3 +43,7 @@ class LaunchError(AccelError):
 
 class CheckpointError(AccelError):
     """A checkpoint cannot be written or read. The message names the folder or the key."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not whole; an older one may be. The message names the file, and the tensor if it can be told."""

@@ -1,15 +1,20 @@
-"""How long a checkpoint takes, beside the disk itself, torch.save and torch's distributed checkpoint.
+"""How long a checkpoint takes, beside the disk itself and what others write.
 
-    python benchmarks/checkpoint.py --megabytes 1000 --processes 1 2 4
+    python benchmarks/checkpoint.py
+    python benchmarks/checkpoint.py --megabytes 1000 --processes 1 2 4 --rounds 5 --folder /on/the/disk
 
-The state is a model's weights and Adam's two moments. Rows take turns, round after round, so that what the machine
-does to one it does to all, and each shows the median; every save is flushed to disk before its time ends. Loads come
-from the page cache, as the raw read beside them does. `stall` is how long a save in the background holds training up.
+The state is a model's weights and Adam's two moments. Ours is divided by zero3, as is that of torch's distributed
+checkpoint; torch.save and Accelerate write a whole one from the first process. Rows take turns, round after round, so
+that what the machine does to one it does to all; shown are medians, and their ratio to the raw disk's. Every save is
+on disk before its time ends. Loads are measured twice: from the disk, after the page cache was told to forget the
+files, and from the page cache, after they were read once. `copy` is of the state, within memory. What a load should
+take is at most the raw read and that copy. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import statistics
@@ -17,124 +22,226 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from accel import Accelerator
+from accel.runtime.world import World
 from accel.testing import run
 
-Row = tuple[str, Callable[[], Any]]
+BUFFER = 16 << 20
+BATCHES = 10**6
+"""How far into an epoch the resume is that is compared with one at its beginning."""
 
 
-def prepared(megabytes: int) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
-    """A divided model whose weights and optimizer state, over all processes, have this size."""
-    size = int((megabytes * 1e6 / 4 / 3 / 8) ** 0.5)
-    settings: dict[str, Any] = {"strategies": ["zero3"]}
-    accelerator = Accelerator(num_processes=int(os.environ["WORLD_SIZE"]), **settings)
-    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(8)])
-    optimizer = torch.optim.Adam(model.parameters())
-    accelerator.prepare(model, optimizer)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.Adam.step(optimizer)
-    return accelerator, model, optimizer
+@dataclass(frozen=True)
+class Row:
+    """What is measured: all ranks call `act`. `files` are those whose place in the page cache matters."""
+
+    name: str
+    act: Callable[[], Any]
+    base: str = ""
+    """The row that it is compared with."""
+
+    files: Path | None = None
+    cached: bool = False
 
 
-def flushed(path: Path) -> None:
-    """Wait until a file is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+class Contenders:
+    """The state of each contender, and what it does with it; all ranks."""
+
+    def __init__(self, folder: Path, megabytes: int) -> None:
+        self.folder, self.megabytes, self.main = folder, megabytes, World.from_environment().rank == 0
+        self.several = World.from_environment().size > 1
+        self.accelerator = Accelerator(strategies=["zero3"] if self.several else ["single"])
+        self.model, self.optimizer = self._trained()
+        self.accelerator.prepare(self.model, self.optimizer)
+        self._step(self.model, self.optimizer)
+        moments = {f"{i}.{k}": v for i, s in enumerate(self.optimizer.state.values()) for k, v in s.items()}
+        self.state = {"model": self.model.state_dict(), "optimizer": moments}
+        self.plain = self._trained()
+        self._step(*self.plain)
+        tensors = [t for named in self.state.values() for t in named.values()]
+        self.local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        self.copies = [t.clone() for t in self.local]
+
+    def _trained(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        size = int((self.megabytes * 1e6 / 4 / 3 / 8) ** 0.5)
+        model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(8)])
+        return model, torch.optim.Adam(model.parameters())
+
+    def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.Adam.step(optimizer)
+        optimizer.zero_grad()
+
+    def rows(self) -> Iterator[Row]:
+        """In the order in which they take turns."""
+        ours, theirs, raw = (self.folder / name for name in ("accel", "dcp", "raw"))
+        alone = not self.several
+        accelerator = self.accelerator
+        yield Row("dd, flushed", lambda: self.main and self.dd())
+        yield Row("accel save_state", lambda: accelerator.save_state(ours), "dd, flushed")
+        yield Row("  stall if blocking=False", lambda: accelerator.save_state(ours, blocking=False), "accel save_state")
+        yield Row("  and the wait for it", lambda: accelerator._checkpoints.wait())
+        yield Row("torch.save", lambda: self.main and self.torch_save(), "dd, flushed")
+        yield Row("DCP", lambda: dcp.save(self.state, checkpoint_id=theirs, no_dist=alone), "dd, flushed")
+        for cached, where in ((False, "disk"), (True, "page cache")):
+            read = f"raw read, {where}"
+            yield Row(read, lambda: self.main and self.read(), "", raw, cached)
+            if not cached:
+                yield Row("copy", self.copy)
+            yield Row(f"accel load_state, {where}", lambda: accelerator.load_state(ours), read, ours, cached)
+            yield Row(f"torch.load, {where}", lambda: self.main and self.torch_load(), read, self.folder / "pt", cached)
+            yield Row(
+                f"DCP load, {where}",
+                lambda: dcp.load(self.state, checkpoint_id=theirs, no_dist=alone),
+                read,
+                theirs,
+                cached,
+            )
+        if importlib.util.find_spec("accelerate"):
+            yield from self.accelerate()
+
+    def accelerate(self) -> Iterator[Row]:
+        """Hugging Face's library, over torch's DDP if there are several processes."""
+        from accelerate import Accelerator as Peer
+
+        peer, folder = Peer(cpu=True), self.folder / "accelerate"
+        peer.prepare(*self.plain)
+
+        def save() -> None:
+            peer.save_state(str(folder))
+            if self.main:
+                flush(folder)
+
+        yield Row("accelerate save_state", save, "dd, flushed")
+        for cached, where in ((False, "disk"), (True, "page cache")):
+            load = f"accelerate load_state, {where}"
+            yield Row(load, lambda: peer.load_state(str(folder)), f"raw read, {where}", folder, cached)
+
+    def dd(self) -> None:
+        """The disk alone: as many bytes into a new file, flushed."""
+        raw = self.folder / "raw" / "file"
+        raw.parent.mkdir(exist_ok=True)
+        raw.unlink(missing_ok=True)
+        count = int(self.megabytes * 1e6) >> 20
+        command = ["dd", "if=/dev/zero", f"of={raw}", "bs=1M", f"count={count}", "conv=fsync"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def read(self) -> None:
+        """The same file, into one buffer."""
+        read_all(self.folder / "raw")
+
+    def copy(self) -> None:
+        """What this process holds of our state, into memory that is there."""
+        for tensor, copy in zip(self.local, self.copies, strict=True):
+            copy.copy_(tensor)
+
+    def torch_save(self) -> None:
+        model, optimizer = self.plain
+        folder = self.folder / "pt"
+        folder.mkdir(exist_ok=True)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
+        flush(folder)
+
+    def torch_load(self) -> None:
+        model, optimizer = self.plain
+        state = torch.load(self.folder / "pt" / "state.pt")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
 
 
-def raw_write(folder: Path, megabytes: int) -> None:
-    """The disk alone: dd writes as many bytes and flushes them."""
-    command = ["dd", "if=/dev/zero", f"of={folder}/raw", "bs=1M", f"count={int(megabytes * 1e6) >> 20}", "conv=fsync"]
-    subprocess.run(command, check=True, capture_output=True)
+def flush(folder: Path) -> None:
+    """Wait until the files of a folder are on disk."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
-def raw_read(folder: Path) -> None:
-    """The same file, read into one buffer."""
-    buffer = bytearray(16 << 20)
-    with open(folder / "raw", "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+def read_all(folder: Path) -> None:
+    """Read all files of a folder into one buffer."""
+    buffer = bytearray(BUFFER)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
-def torch_save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
-    flushed(folder / "state.pt")
+def forget(folder: Path) -> None:
+    """Let the page cache drop the files of a folder."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    moments = {f"{i}.{k}": v for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
-    return {"model": model.state_dict(), "optimizer": moments}
-
-
-def rows(folder: Path, megabytes: int) -> list[Row]:
-    """What is measured; every rank calls each, and rank 0 alone does what only one process can."""
-    accelerator, model, optimizer = prepared(megabytes)
-    main = accelerator.is_main_process
-    state = state_of(model, optimizer)
-
-    def fresh_dcp() -> None:
-        dcp.save(state, checkpoint_id=str(folder / "dcp"), no_dist=accelerator.num_processes == 1)
-
-    found: list[Row] = [
-        ("dd, flushed", lambda: raw_write(folder, megabytes) if main else None),
-        ("accel save_state", lambda: accelerator.save_state(folder / "accel")),
-        ("accel stall of a background save", lambda: accelerator.save_state(folder / "accel", blocking=False)),
-        ("  and the wait for it", lambda: accelerator._checkpoints.wait()),
-        ("torch distributed checkpoint", fresh_dcp),
-        ("raw read", lambda: raw_read(folder) if main else None),
-        ("accel load_state", lambda: accelerator.load_state(folder / "accel")),
-        ("torch distributed checkpoint load", lambda: dcp.load(state, checkpoint_id=str(folder / "dcp"))),
-    ]
-    if accelerator.num_processes == 1:
-        found.insert(4, ("torch.save, flushed", lambda: torch_save(model, optimizer, folder)))
-        found[-1] = (found[-1][0], lambda: dcp.load(state, checkpoint_id=str(folder / "dcp"), no_dist=True))
-    return found
-
-
-def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, float]:
-    """The median seconds of each row over the rounds, after one that does not count; all ranks."""
+def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[str, list[float]]]:
+    """The seconds of each row, and the row that it is compared with, after a round that does not count; all ranks."""
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that it overwrites, as it should here
-    several = int(os.environ["WORLD_SIZE"]) > 1
-    times: dict[str, list[float]] = {}
+    contenders = Contenders(folder, megabytes)
+    times: dict[str, tuple[str, list[float]]] = {}
+    rows = list(contenders.rows())
     for count in range(rounds + 1):
-        for name, act in rows_once(folder, megabytes):
-            if several:
-                dist.barrier()
-            start = time.perf_counter()
-            act()
-            if several:
-                dist.barrier()
+        for row in rows:
+            if row.files and contenders.main:
+                (read_all if row.cached else forget)(row.files)
+            seconds = timed(row.act, contenders.several)
             if count:
-                times.setdefault(name, []).append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+                times.setdefault(row.name, (row.base, []))[1].append(seconds)
+    contenders.accelerator.free_memory()
+    return times
 
 
-_ROWS: list[Row] = []
+def timed(act: Callable[[], Any], several: bool) -> float:
+    """Until all ranks have done it."""
+    if several:
+        dist.barrier()
+    start = time.perf_counter()
+    act()
+    if several:
+        dist.barrier()
+    return time.perf_counter() - start
 
 
-def rows_once(folder: Path, megabytes: int) -> list[Row]:
-    """The rows of this process, made once."""
-    if not _ROWS:
-        _ROWS.extend(rows(folder, megabytes))
-    return _ROWS
+def resume(folder: Path, batch: int) -> float:
+    """Seconds from `load_state` to the first batch, of a run that had come to this batch of a shuffled epoch."""
+    accelerator = Accelerator()
+    data: Any = range(BATCHES + 100)
+    loader = accelerator.prepare(DataLoader(data, batch_size=1, shuffle=True))
+    loader.load_state_dict({**loader.state_dict(), "samples": [batch]})
+    accelerator.save_state(folder / "resume")
+
+    def first() -> Tensor:
+        accelerator.load_state(folder / "resume")
+        found: Tensor = next(iter(loader))
+        return found
+
+    first()
+    return statistics.median(timed(first, False) for _ in range(5))
+
+
+def show(times: dict[str, tuple[str, list[float]]]) -> None:
+    for name, (base, seconds) in times.items():
+        median = statistics.median(seconds)
+        ratio = f"{median / statistics.median(times[base][1]):5.2f} x {base}" if base else ""
+        print(f"  {name:34} {median:7.3f} s   {ratio}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the state over all processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     options = parser.parse_args()
     for count in options.processes:
@@ -144,8 +251,10 @@ def main() -> None:
         finally:
             shutil.rmtree(folder)
         print(f"\n{count} processes, {options.megabytes} MB, median of {options.rounds} rounds")
-        for name, seconds in times.items():
-            print(f"  {name:36} {seconds:7.3f} s  {options.megabytes / 1000 / seconds:6.2f} GB/s")
+        show(times)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found = {batch: run(1, resume, Path(folder), batch)[0] for batch in (0, BATCHES)}
+    print(f"\nresume, from load_state to the first batch: {found[0]:.3f} s at batch 0, {found[BATCHES]:.3f} s at 10^6")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoint folders on disk: bytes, manifests, names. Needs no torch, so that the command line can use it too."""
 
+from .checked import CheckedReader
 from .commit import aside, commit, commit_files, discard, open_aside, remove
 from .disk import CHUNK, Geometry, Range, Reader, Writer, checksum
 from .folders import FOLDER, complete, find, named, newest_first, next_folder, parse_size, rotate
@@ -10,6 +11,7 @@ __all__ = [
     "CHUNK",
     "FOLDER",
     "MANIFEST",
+    "CheckedReader",
     "Geometry",
     "Manifest",
     "Problem",

@@ -31,6 +31,12 @@ class Geometry:
         """Bytes of all runs."""
         return self.size * self.count
 
+    def stretches(self, most: int) -> Iterator[Geometry]:
+        """The same bytes as single runs of no more than so many."""
+        for run in self.runs():
+            for start in range(0, self.size, most):
+                yield Geometry(run + start, min(most, self.size - start))
+
     def runs(self) -> Iterator[int]:
         """Where each run begins."""
         return (self.offset + i * self.stride for i in range(self.count))
@@ -50,9 +56,13 @@ class Range(Geometry):
         return f"{self.file}: {self.tensor}" if self.tensor else f"{self.file}: bytes from {self.offset}"
 
 
+Checksum = xxhash.xxh3_64
+"""XXH3 with 64 bits: at the speed of memory, where zlib's checksums are slower than a disk."""
+
+
 def checksum(data: bytes | bytearray | memoryview) -> str:
-    """XXH3 with 64 bits, in hexadecimal: at the speed of memory, where zlib's checksums are slower than a disk."""
-    return xxhash.xxh3_64_hexdigest(data)
+    """That of all the data, in hexadecimal."""
+    return Checksum(data).hexdigest()
 
 
 class Reader(Files):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .disk import CHUNK, Range, Reader, Writer, checksum
+from .direct import STEP
+from .disk import Checksum, Range, Reader, Writer, checksum
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -72,17 +73,11 @@ class Manifest:
 
     def problems(self, folder: Path, share: int = 0, shares: int = 1) -> Iterator[Problem]:
         """Read one of several equal shares of all bytes, and tell where they are not what was written."""
-        buffer = memoryview(bytearray(min(CHUNK, max((r.total for r in self.ranges), default=0))))
+        buffer = memoryview(bytearray(STEP))
         with Reader(folder) as reader:
             for r in self._share(share, shares):
-                part = buffer[: r.total]
-                try:
-                    reader.read(r.file, r, part)
-                except CheckpointError as error:
-                    yield Problem(r.file, r.tensor, str(error.__cause__ or "ends too early"))
-                    continue
-                if checksum(part) != r.checksum:
-                    yield Problem(r.file, r.tensor, f"damaged: wrong checksum between bytes {_span(r)}")
+                if problem := check(reader, r, buffer[: r.total]):
+                    yield problem
 
     def _share(self, share: int, shares: int) -> Iterator[Range]:
         total = sum(r.total for r in self.ranges)
@@ -91,6 +86,23 @@ class Manifest:
             if before * shares // max(total, 1) == share:
                 yield r
             before += r.total
+
+
+def check(reader: Reader, r: Range, memory: memoryview) -> Problem | None:
+    """Read a range and compare it with its checksum; into memory of its size, or into less that is used over again."""
+    digest, done = Checksum(), 0
+    try:
+        for stretch in r.stretches(STEP):
+            start = done if len(memory) == r.total else 0
+            part = memory[start : start + stretch.size]
+            reader.read(r.file, stretch, part)
+            digest.update(part)
+            done += stretch.size
+    except CheckpointError as error:
+        return Problem(r.file, r.tensor, str(error.__cause__ or "ends too early"))
+    if digest.hexdigest() != r.checksum:
+        return Problem(r.file, r.tensor, f"damaged: wrong checksum between bytes {_span(r)}")
+    return None
 
 
 def read_manifest(folder: Path) -> Manifest:

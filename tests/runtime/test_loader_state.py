@@ -6,9 +6,12 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, RandomSampler
 
 from accel.errors import CheckpointError, PrepareError
+from accel.runtime.data.order import Order, mix
+from accel.runtime.data.share import Cut
 from accel.runtime.loader import PreparedLoader, skip_first_batches
 
 from .loaders import Numbers, RandomStream, Shuffler, Stream, epoch, flat, listed, prepared, steps
@@ -89,6 +92,15 @@ def test_a_resumed_map_style_dataset_is_not_asked_for_what_is_left_out() -> None
     loader.load_state_dict(state)
     list(loader)
     assert dataset.asked == list(range(8, 20))
+
+
+def test_a_long_permutation_is_that_of_torchs_sampler_from_wherever_it_is_begun() -> None:
+    """It is not gone through to get there, and yet the same."""
+    sampler, skipped = RandomSampler(range(10_000)), 4097
+    order = Order(DataLoader(Numbers(10_000), 4, sampler=sampler), Cut(1, 4))
+    sampler.generator = torch.Generator().manual_seed(mix(3, 5))
+    blocks = [index for (block,) in order.blocks(3, 5, skipped) for index in block]
+    assert blocks == list(sampler)[skipped:]
 
 
 def test_a_break_begins_the_next_epoch_but_can_be_saved() -> None:

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ... import storage
-from ...errors import CheckpointError
+from ...errors import CheckpointError, DamagedError
 from ...interfaces import Checkpoint
 from ...storage import Manifest, Range
 from ..world import World
 from .contents import Contents, State, collect, collect_model
 from .exchange import Exchange
 from .fit import Differences
-from .load import Skipped, load, load_weights, plan_weights, verify
+from .load import Skipped, load, load_weights, plan_weights
+from .memory import fresh
+from .read import Parts
 from .write import Work, plan, plan_tensors, write
 
 
@@ -65,11 +67,9 @@ class Checkpoints:
         self.wait()
         self.exchange.connect()
         if folder is None:
-            folder = self._newest()
-        else:
-            given = folder
-            folder = self.exchange.from_main(lambda: storage.find(given))
-            verify(folder, self.exchange)
+            return self._load_newest(state, strict)
+        given = folder
+        folder = self.exchange.from_main(lambda: storage.find(given))
         return folder, load(folder, state, self.format, self.exchange, strict)
 
     def fill(self, state: dict[str, Any]) -> None:
@@ -91,14 +91,12 @@ class Checkpoints:
         """Take over weights, from one of our checkpoints or from any folder that the format reads."""
         self.wait()
         self.exchange.connect()
-        if self.exchange.from_main(lambda: (folder / storage.MANIFEST).exists()):
-            verify(folder, self.exchange, lambda r: r.file.startswith("model"))
         return load_weights(folder, model, self.format, self.exchange, strict)
 
     def compare_model(self, folder: Path, model: nn.Module, strict: bool) -> Differences:
         """What `load_model` will leave as it is; raises CheckpointError as it does. All ranks."""
         self.exchange.connect()
-        return plan_weights(folder, model, self.format, self.exchange, strict)[1]
+        return plan_weights(Parts(folder), model, self.format, self.exchange, strict)[1]
 
     def wait(self) -> None:
         """Until what is being written is on disk. Raises CheckpointError if it could not be written."""
@@ -134,20 +132,18 @@ class Checkpoints:
     def _staging(self, size: int) -> Tensor:
         """Memory for a snapshot, kept for the next one: fresh memory costs more than the copy itself."""
         if self._buffer is None or len(self._buffer) != size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+            self._buffer = fresh((size,), torch.uint8)
         return self._buffer
 
-    def _newest(self) -> Path:
-        """The newest checkpoint that is whole. Raises CheckpointError telling why each was passed over."""
+    def _load_newest(self, state: State, strict: bool) -> tuple[Path, Skipped]:
+        """Take over the newest checkpoint that is whole. Raises CheckpointError telling why each was passed over."""
         passed = []
         for folder in self.exchange.from_main(lambda: storage.newest_first(self.home)):
             try:
-                verify(folder, self.exchange)
-            except CheckpointError as error:
+                return folder, load(folder, state, self.format, self.exchange, strict)
+            except DamagedError as error:
                 passed.append(str(error))
                 if self.world.rank == 0:
                     warnings.warn(f"load_state: passed over {os.fspath(folder)}: {error}", stacklevel=4)
-                continue
-            return folder
         why = "; passed over " + "; ".join(passed) if passed else "; save_state() writes one"
         raise CheckpointError(f"{self.home}: no complete checkpoint{why}")

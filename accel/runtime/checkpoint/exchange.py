@@ -37,20 +37,20 @@ class Exchange:
         except RuntimeError as error:
             raise CheckpointError(f"a process was lost before the checkpoint was complete: {error}") from error
 
-    def together(self, act: Callable[[], T]) -> list[T]:
+    def together(self, act: Callable[[], T], failure: type[CheckpointError] = CheckpointError) -> list[T]:
         """Let each rank act, and return every rank's result, which can be pickled; all ranks.
 
-        If any of them fails, all raise CheckpointError with what went wrong where: nobody waits for who has failed.
+        If any of them fails, all raise `failure` with what went wrong where: nobody waits for who has failed.
         """
-        return self._share(act, lambda result: result)[1]
+        return self._share(act, lambda result: result, failure)[1]
 
     def each(self, act: Callable[[], T]) -> T:
         """Let each rank act, and return its own result; all ranks. Errors as in `together`."""
-        return self._share(act, lambda result: None)[0]
+        return self._share(act, lambda result: None, CheckpointError)[0]
 
-    def from_main(self, act: Callable[[], T]) -> T:
+    def from_main(self, act: Callable[[], T], failure: type[CheckpointError] = CheckpointError) -> T:
         """Let rank 0 act, and return its result on all ranks; errors as in `together`."""
-        return self.together(lambda: act() if self.world.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.together(lambda: act() if self.world.rank == 0 else None, failure)[0]  # type: ignore[return-value]
 
     def fill(self, state: dict[str, Any]) -> None:
         """Replace tensors on the meta device by CPU copies of those of the first process that has them; all ranks."""
@@ -63,7 +63,9 @@ class Exchange:
                 state[name] = torch.empty_like(value, device="cpu") if value.is_meta else value
                 dist.broadcast(state[name], group=self._group, group_src=having[0])
 
-    def _share(self, act: Callable[[], T], told: Callable[[T], Any]) -> tuple[T, list[Any]]:
+    def _share(
+        self, act: Callable[[], T], told: Callable[[T], Any], kind: type[CheckpointError]
+    ) -> tuple[T, list[Any]]:
         outcome: list[T] = []
         failure, cause = "", None
         try:
@@ -76,5 +78,5 @@ class Exchange:
         if not failures:
             return outcome[0], [value for value, _ in outcomes]
         if len(set(failures.values())) == 1:
-            raise CheckpointError(next(iter(failures.values()))) from cause
-        raise CheckpointError("; ".join(f"rank {rank}: {text}" for rank, text in failures.items())) from cause
+            raise kind(next(iter(failures.values()))) from cause
+        raise kind("; ".join(f"rank {rank}: {text}" for rank, text in failures.items())) from cause

@@ -1,4 +1,4 @@
-"""Taking over a checkpoint: verify all of it, compare it with what is prepared here, and only then change anything."""
+"""Taking over a checkpoint: compare it with what is prepared here, read and check it, and only then change anything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ... import storage
-from ...errors import CheckpointError
+from ...errors import CheckpointError, DamagedError
 from ...interfaces import Checkpoint
 from ...storage import Manifest, Range
 from ..adopt import part_of
@@ -24,62 +24,80 @@ from .exchange import Exchange
 from .fit import Differences, check_counts, foreign
 from .model import Load, load_extra, plan_model
 from .optimizer import plan_optimizer
-from .read import SavedTensors
+from .read import Parts, SavedTensors
 from .write import VALUES
 
 Skipped = dict[str, Differences]
 """What `strict=False` has left as it was, by group of tensors."""
 
 
-def verify(folder: Path, exchange: Exchange, wanted: Callable[[Range], bool] | None = None) -> Manifest:
-    """Read and check a checkpoint, each process a share; all ranks.
-
-    Raises CheckpointError on all ranks if it is not complete, or naming the file and the tensor that are damaged.
-    """
-    manifest = exchange.from_main(lambda: storage.complete(folder))
-    if wanted is not None:
-        manifest = Manifest(manifest.sizes, [r for r in manifest.ranges if wanted(r)], manifest.facts)
-    world = exchange.world
-    found = exchange.together(lambda: list(islice(manifest.problems(folder, world.rank, world.size), 1)))
-    if problems := [problem for some in found for problem in some]:
-        raise CheckpointError(f"{folder / str(problems[0])}; load another checkpoint")
-    return manifest
-
-
 def load(folder: Path, state: State, format: Checkpoint, exchange: Exchange, strict: bool) -> Skipped:
-    """Take over a checkpoint that has been verified; all ranks. Nothing changes if it does not fit."""
+    """Take over a checkpoint; all ranks. Nothing changes if it is damaged or does not fit.
+
+    Raises DamagedError, naming the file and the tensor if it can be told, or CheckpointError naming what differs.
+    """
+    manifest = _open(folder, exchange, lambda r: not r.tensor or r.file.startswith(SMALL))
     values = exchange.from_main(lambda: json.loads((folder / VALUES).read_bytes()))
-    plans, skipped = exchange.each(lambda: _plan(folder, values, state, format, strict))
+    parts = Parts(folder, [r for r in manifest.ranges if r.tensor and not r.file.startswith(SMALL)])
+    plans, skipped = exchange.each(lambda: _plan(parts, values, state, format, strict))
+    parts.fill(exchange)
+    exchange.each(parts.replace)
     exchange.each(lambda: _apply(folder, values, state, format, plans, exchange.world.rank))
     return skipped
 
 
 def load_weights(folder: Path, model: nn.Module, format: Checkpoint, exchange: Exchange, strict: bool) -> Differences:
-    """Take over the weights of a model from any folder that the format reads; all ranks."""
-    plan, differences = plan_weights(folder, model, format, exchange, strict)
+    """Take over the weights of a model from any folder that the format reads; all ranks. Errors as in `load`."""
+    ranges: list[Range] = []
+    if exchange.from_main(lambda: (folder / storage.MANIFEST).exists()):
+        manifest = _open(folder, exchange, lambda r: not r.tensor and r.file.startswith("model"))
+        ranges = [r for r in manifest.ranges if r.tensor and r.file.startswith("model")]
+    parts = Parts(folder, ranges)
+    plan, differences = plan_weights(parts, model, format, exchange, strict)
+    parts.fill(exchange)
+    exchange.each(parts.replace)
     exchange.each(plan)
     return differences
 
 
 def plan_weights(
-    folder: Path, model: nn.Module, format: Checkpoint, exchange: Exchange, strict: bool
+    parts: Parts, model: nn.Module, format: Checkpoint, exchange: Exchange, strict: bool
 ) -> tuple[Load, Differences]:
-    """A function that does so, and what it will leave as it is; all ranks. Raises CheckpointError if strict."""
+    """A function that takes over the parts once they are read, and what it will leave as it is; all ranks.
 
-    def read() -> tuple[Load, Differences]:
+    Raises CheckpointError for the latter if strict.
+    """
+    folder = parts.folder
+
+    def ask() -> tuple[Load, Differences]:
         try:
-            return plan_model(folder, format.places(folder, "model"), model, strict)
+            return plan_model(parts, format.places(folder, "model"), model, strict)
         except CheckpointError as error:
             hint = foreign(folder)
             raise CheckpointError(f"{error}; {hint}") if hint else error from None
 
-    return exchange.each(read)
+    return exchange.each(ask)
+
+
+def _open(folder: Path, exchange: Exchange, first: Callable[[Range], bool]) -> Manifest:
+    """The manifest of a complete checkpoint, of which those ranges have been checked that say where the others are.
+
+    All ranks, each a share. Raises DamagedError.
+    """
+    manifest = exchange.from_main(lambda: storage.complete(folder), DamagedError)
+    heads = Manifest(manifest.sizes, [r for r in manifest.ranges if first(r)])
+    world = exchange.world
+    found = exchange.together(lambda: list(islice(heads.problems(folder, world.rank, world.size), 1)), DamagedError)
+    for problem in (problem for some in found for problem in some):
+        raise DamagedError(f"{folder / str(problem)}; load another checkpoint")
+    return manifest
 
 
 def _plan(
-    folder: Path, values: Mapping[str, Any], state: State, format: Checkpoint, strict: bool
+    parts: Parts, values: Mapping[str, Any], state: State, format: Checkpoint, strict: bool
 ) -> tuple[list[Callable[[], None]], Skipped]:
-    """What is to be done for models and optimizers, and what will be skipped."""
+    """What is to be done for models and optimizers once the parts are read, and what will be skipped."""
+    folder = parts.folder
     here = {"models": len(state.models), "optimizers": len(state.optimizers)}
     here |= {kind: len(objects) for kind, objects in state.others().items()}
     check_counts(folder, {kind: len(values[kind]) for kind in here}, here)
@@ -87,11 +105,11 @@ def _plan(
     plans = {}
     for index, model in enumerate(state.models):
         group = group_of("model", index)
-        plans[group] = plan_model(folder, format.places(folder, group), model, strict)
+        plans[group] = plan_model(parts, format.places(folder, group), model, strict)
     for index, optimizer in enumerate(state.optimizers):
         group, names = group_of("optimizer", index), parameter_names(optimizer, state.models)
         saved = {key: unpack(value, small) for key, value in values["optimizers"][index].items()}
-        plans[group] = plan_optimizer(folder, format.places(folder, group), saved, optimizer, names, strict)
+        plans[group] = plan_optimizer(parts, format.places(folder, group), saved, optimizer, names, strict)
     skipped = {group: differences for group, (_, differences) in plans.items() if differences}
     return [plan for plan, _ in plans.values()], skipped
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +10,19 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...interfaces import Place
-from ...storage import Reader
 from .contents import is_extra
 from .fit import Differences, compare
-from .read import read_into
+from .parts import box_of, local_of
+from .read import Parts
 
 Load = Callable[[], None]
 
 
-def plan_model(folder: Path, places: Mapping[str, Place], model: nn.Module, strict: bool) -> tuple[Load, Differences]:
-    """A function that loads this process's parts, and what it will skip. Raises CheckpointError if strict."""
+def plan_model(parts: Parts, places: Mapping[str, Place], model: nn.Module, strict: bool) -> tuple[Load, Differences]:
+    """Asks for this process's parts; a function that takes them over, and what it will skip.
+
+    Raises CheckpointError for the latter if strict.
+    """
     own = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
@@ -31,8 +33,9 @@ def plan_model(folder: Path, places: Mapping[str, Place], model: nn.Module, stri
     shapes = {name: value.shape for name, value in own.items()}
     differences = compare(shapes, {n: p for n, p in places.items() if not is_extra(n)}, same)
     if differences and strict:
+        kind = type(model).__name__
         raise CheckpointError(
-            f"{folder}: does not fit this {type(model).__name__}: {differences.describe()}; {differences.advice()}"
+            f"{parts.folder}: does not fit this {kind}: {differences.describe()}; {differences.advice()}"
         )
     wanted = {
         id(own[name]): name
@@ -40,10 +43,15 @@ def plan_model(folder: Path, places: Mapping[str, Place], model: nn.Module, stri
         if name in places and tuple(shapes[name]) == places[name].entry.shape and not own[name].is_meta
     }
 
+    local = {name: local_of(own[name]) for name in wanted.values()}
+    read = {name: parts.part(places[name], box_of(name, own[name]), local[name]) for name in local}
+
     def load() -> None:
-        with torch.no_grad(), Reader(folder) as reader:
-            for name in wanted.values():
-                read_into(reader, places[name], own[name])
+        with torch.no_grad():
+            for name in list(read):
+                part = read.pop(name)
+                if part is not local[name]:
+                    local[name].copy_(part)
 
     return load, differences
 

@@ -11,27 +11,30 @@ from torch.optim import Optimizer
 
 from ...errors import CheckpointError
 from ...interfaces import Place
-from ...storage import Reader
 from ..optimizer import optimizer_part
 from ..shards import Elsewhere, like_part
 from .fit import Differences
-from .parts import box_of
-from .read import read_box, read_whole
+from .parts import box_of, local_of
+from .read import Parts
+
+Take = Callable[[], Tensor]
+"""Gives a tensor that was asked for, once it has been read."""
 
 
 def plan_optimizer(
-    folder: Path,
+    parts: Parts,
     places: Mapping[str, Place],
     values: Mapping[str, Any],
     optimizer: Optimizer,
     names: list[str],
     strict: bool,
 ) -> tuple[Callable[[], None], Differences]:
-    """A function that loads this process's parts, and what it will skip. Raises CheckpointError if strict.
+    """Asks for this process's parts; a function that takes them over, and what it will skip.
 
-    `values` are what `collect` kept of the optimizer, `names` those of its parameters here.
+    Raises CheckpointError for the latter if strict. `values` are what `collect` kept of the optimizer, `names` those
+    of its parameters here.
     """
-    saved = {name for group in values["groups"] for name in group["params"]}
+    folder, saved = parts.folder, {name for group in values["groups"] for name in group["params"]}
     differences = Differences(
         missing=[name for name in names if name not in saved], unexpected=sorted(saved - set(names))
     )
@@ -45,10 +48,10 @@ def plan_optimizer(
             f"{folder}: does not fit this {kind}: parameters {differences.describe()}; {differences.advice()}"
         )
     groups = _groups(folder, values["groups"], optimizer, names)
+    wanted = _wanted(parts, places, optimizer, names)
 
     def load() -> None:
-        with Reader(folder) as reader:
-            state = _state(reader, places, values["state"], optimizer, names)
+        state = _state(wanted, values["state"], names)
         optimizer.load_state_dict({**values["others"], "state": state, "param_groups": groups})
         _undo_casts(optimizer, state)
         _set_steps(optimizer, values["steps"])
@@ -78,30 +81,38 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-def _state(
-    reader: Reader,
-    places: Mapping[str, Place],
-    rest: Mapping[str, Mapping[Any, Any]],
-    optimizer: Optimizer,
-    names: list[str],
-) -> dict[int, dict[Any, Any]]:
-    """This process's parts of the state, by the parameters' places."""
+def _wanted(
+    parts: Parts, places: Mapping[str, Place], optimizer: Optimizer, names: list[str]
+) -> dict[int, dict[str, Take]]:
+    """What this process wants of the state, by the parameters' places and by key."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {name: place for place, name in enumerate(names) if not isinstance(parameters[place], Elsewhere)}
-    state: dict[int, dict[Any, Any]] = {index[name]: dict(kept) for name, kept in rest.items() if name in index}
+    index = {name: i for i, name in enumerate(names) if not isinstance(parameters[i], Elsewhere)}
+    wanted: dict[int, dict[str, Take]] = {i: {} for i in index.values()}
     for full, place in places.items():
         name, _, key = full.rpartition(".")
         if name in index:
-            state.setdefault(index[name], {})[key] = _read(reader, place, parameters[index[name]])
-    return state
+            parameter = parameters[index[name]]
+            wanted[index[name]][key] = _ask(parts, place, parameter, optimizer.state.get(parameter, {}).get(key))
+    return wanted
 
 
-def _read(reader: Reader, place: Place, parameter: nn.Parameter) -> Tensor:
-    """A saved tensor: laid out as its parameter if it has the parameter's shape, else whole."""
+def _ask(parts: Parts, place: Place, parameter: nn.Parameter, own: Any) -> Take:
+    """Ask for a saved tensor: laid out as its parameter if it has the parameter's shape, else whole.
+
+    `own` is what the optimizer has of this kind, whose memory is used again.
+    """
     if not parameter.dim() or tuple(parameter.shape) != place.entry.shape:
-        return read_whole(reader, place)
-    local = read_box(reader, place, box_of(place.entry.name, parameter)).to(parameter.device)
-    return like_part(local, parameter)
+        whole = parts.whole(place)
+        return lambda: whole
+    local = local_of(own) if isinstance(own, Tensor) else None
+    part = parts.part(place, box_of(place.entry.name, parameter), local)
+    return lambda: like_part(part.to(parameter.device), parameter)
+
+
+def _state(wanted: Mapping[int, Mapping[str, Take]], rest: Mapping[str, Any], names: list[str]) -> dict[int, Any]:
+    """The state by the parameters' places, of those that have any: plain values, and tensors now that they are read."""
+    state = {i: {**rest.get(names[i], {}), **{key: take() for key, take in of.items()}} for i, of in wanted.items()}
+    return {i: kept for i, kept in state.items() if kept}
 
 
 def _undo_casts(optimizer: Optimizer, state: Mapping[int, Mapping[Any, Any]]) -> None:

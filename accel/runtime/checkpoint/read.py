@@ -1,49 +1,86 @@
-"""Reading a checkpoint: each process only the bytes of its own parts, into the objects that it has prepared."""
+"""Reading a checkpoint: each process only the bytes of its own parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, DamagedError
 from ...interfaces import Entry, Place
-from ...storage import Geometry, Reader
-from .parts import Box, as_bytes, box_of, geometries, item_size, local_of
+from ...storage import CheckedReader, Geometry, Problem, Range, Reader
+from .exchange import Exchange
+from .memory import fresh
+from .parts import Box, as_bytes, geometries, item_size
 
 
-def read_into(reader: Reader, place: Place, tensor: Tensor) -> None:
-    """Fill this process's part of a tensor of the saved shape; converts to its dtype and device."""
-    local, box = local_of(tensor), box_of(place.entry.name, tensor)
-    if local.device.type == "cpu" and local.is_contiguous() and local.dtype == _dtype(place.entry):
-        _fill(reader, place, box, local)
-        return
-    local.copy_(read_box(reader, place, box))
+class Parts:
+    """The parts of saved tensors that this process wants.
 
+    They are asked for one by one, then all of them are read and checked by `fill`, and only when that has gone well
+    on all ranks, what is in use is replaced by `replace`. `ranges` are those whose checksums are to be compared; none,
+    for a folder that was not written by us.
+    """
 
-def read_box(reader: Reader, place: Place, box: Box) -> Tensor:
-    """A part of a saved tensor, as it was saved, on the CPU."""
-    part = torch.empty(box.shape, dtype=_dtype(place.entry))
-    _fill(reader, place, box, part)
-    return part
+    def __init__(self, folder: Path, ranges: Sequence[Range] = ()) -> None:
+        self.folder = folder
+        self._reader = CheckedReader(folder, ranges)
 
+    def part(self, place: Place, box: Box, local: Tensor | None) -> Tensor:
+        """A part of a tensor as it was saved, on the CPU: `local` itself after `replace`, if it can hold it.
 
-def read_whole(reader: Reader, place: Place) -> Tensor:
-    """A saved tensor, on the CPU."""
-    return read_box(reader, place, Box((0,) * len(place.entry.shape), place.entry.shape))
+        Else it is a fresh one, which is empty before `fill`.
+        """
+        used = local is not None and _holds(local, place.entry, box)
+        part = local if local is not None and used else fresh(box.shape, _dtype(place.entry))
+        data = as_bytes(part).numpy().data
+        done = 0
+        for g in _joined(geometries(place.entry.shape, box, item_size(place.entry), 0, len(data))):
+            offset = place.offset + g.offset
+            self._reader.want(place.file, replace(g, offset=offset), data[done : done + g.total], used)
+            done += g.total
+        return part
+
+    def whole(self, place: Place) -> Tensor:
+        """All of a tensor; empty before `fill`."""
+        return self.part(place, Box((0,) * len(place.entry.shape), place.entry.shape), None)
+
+    def fill(self, exchange: Exchange) -> None:
+        """Read and check the parts, and share the work of checking what no process wants; all ranks.
+
+        Raises DamagedError on all ranks, naming the file and the tensor, and then nothing in use has changed.
+        """
+        checks = exchange.together(lambda: bytes(self._reader.checks))
+        others = [i for i, marks in enumerate(zip(*checks, strict=True)) if not any(marks)]
+        mine = others[exchange.world.rank :: exchange.world.size]
+        found = exchange.together(lambda: list(islice(self._reader.read(mine), 1)), DamagedError)
+        self._raise_for(problem for some in found for problem in some)
+
+    def replace(self) -> None:
+        """Read what goes into memory in use; raises DamagedError if the files have changed since `fill`."""
+        self._raise_for(self._reader.replace())
+
+    def _raise_for(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            raise DamagedError(f"{self.folder / str(problem)}; load another checkpoint")
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """The tensors of a group, each read when it is asked for."""
+    """The tensors of a group that has been checked, each read when it is asked for."""
 
     def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
         self.folder, self.places = folder, places
 
     def __getitem__(self, name: str) -> Tensor:
+        place = self.places[name]
+        tensor = torch.empty(place.entry.shape, dtype=_dtype(place.entry))
         with Reader(self.folder) as reader:
-            return read_whole(reader, self.places[name])
+            reader.read(place.file, Geometry(place.offset, place.size), as_bytes(tensor).numpy().data)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -52,14 +89,24 @@ class SavedTensors(Mapping[str, Tensor]):
         return len(self.places)
 
 
-def _fill(reader: Reader, place: Place, box: Box, local: Tensor) -> None:
-    data = as_bytes(local).numpy().data
-    done = 0
-    for g in geometries(place.entry.shape, box, item_size(place.entry), 0, len(data)):
-        reader.read(
-            place.file, Geometry(g.offset + place.offset, g.size, g.count, g.stride), data[done : done + g.total]
-        )
-        done += g.total
+def _joined(stretches: Iterable[Geometry]) -> Iterator[Geometry]:
+    """The same bytes with neighbours as one, so that a range that lies across two of them is read once."""
+    last: Geometry | None = None
+    for g in stretches:
+        if last is not None and last.count == g.count == 1 and last.offset + last.size == g.offset:
+            last = Geometry(last.offset, last.size + g.size)
+            continue
+        if last is not None:
+            yield last
+        last = g
+    if last is not None:
+        yield last
+
+
+def _holds(local: Tensor, entry: Entry, box: Box) -> bool:
+    """Whether bytes of a saved tensor can be read into this one's memory."""
+    alike = tuple(local.shape) == box.shape and local.dtype == _dtype(entry)
+    return alike and local.device.type == "cpu" and local.is_contiguous()
 
 
 def _dtype(entry: Entry) -> torch.dtype:

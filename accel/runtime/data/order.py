@@ -6,6 +6,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,6 +28,9 @@ T = TypeVar("T")
 
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 """Torch's samplers that draw from their `generator` and from nothing else."""
+
+STRETCH = 4096
+"""Samples whose numbers are made at a time."""
 
 
 def mix(*numbers: int) -> int:
@@ -75,13 +79,21 @@ class Order:
         if type(self.sampler) in SHUFFLING:
             sampler = copy.copy(self.sampler)
             sampler.generator = torch.Generator().manual_seed(draw)
-            return self.cut.blocks(sampler, skip)
+            return self.cut.blocks(_after(sampler, skip))
         if type(self.sampler) is DistributedSampler:
             return self.cut.blocks(_undistributed(self.sampler, epoch), skip)
         if isinstance(self.sampler, SequentialSampler | list | tuple | range):
             return self.cut.blocks(self.sampler, skip)
         set_epoch(self.sampler, epoch)
         return apart(lambda: self.cut.blocks(self.sampler, skip), draw, self._generators)
+
+
+def _after(sampler: Any, skip: int) -> Iterator[int]:
+    """What one of torch's samplers draws, after the first `skip`; of a permutation, that is not gone through."""
+    if type(sampler) is not RandomSampler or sampler.replacement or sampler.num_samples != len(sampler.data_source):
+        return islice(sampler, skip, None)
+    permutation = torch.randperm(sampler.num_samples, generator=sampler.generator)
+    return chain.from_iterable(part.tolist() for part in torch.split(permutation[skip:], STRETCH))
 
 
 def set_epoch(target: Any, epoch: int) -> None:
