@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place
+from accel.runtime.divided import check
+from accel.runtime.divided.peers import Peers
 from accel.runtime.example import Inputs, example_inputs, tried_out
 
-from . import check
 from .layers import apply
 from .observe import observe
-from .peers import Peers
 from .plan import Decision, Decisions, Planner, groups
 
 if TYPE_CHECKING:

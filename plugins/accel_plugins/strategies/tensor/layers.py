@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from accel.errors import PrepareError
+from accel.runtime.divided.peers import Peers
+from accel.runtime.divided.tensor import Divided, Division, divide, part_of, whole_of
 from accel.runtime.nested import map_tensors
-
-from .divided import Divided, Division, divide, part_of, whole_of
-from .peers import Peers
 
 _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from accel.runtime.divided.peers import Peers, Undividable
+from accel.runtime.divided.tensor import Divided, Division, divide, part_of
 from accel.runtime.example import Inputs, tried_out
 from accel.runtime.nested import map_tensors
 
-from .divided import Divided, Division, divide, part_of
 from .layers import is_linear
-from .peers import Peers, Undividable
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from . import views
-from .divided import Call, Divided, Division, divide, moved, whole_shape
 from .peers import Undividable
+from .tensor import Call, Divided, Division, divide, moved, whole_shape
 
 Rule = Callable[[Call], Any]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from accel.runtime.example import Inputs, tried_out
-from accel.runtime.nested import tensors
+from ..example import Inputs, tried_out
+from ..nested import tensors
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .divided import Call, divide, moved, whole_shape
 from .peers import Undividable
+from .tensor import Call, divide, moved, whole_shape
 
 
 def _integers(call: Call, start: int = 1) -> list[int]:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from accel_plugins.strategies.tensor.divided import Divided, Division, divide, part_of, whole_of
-from accel_plugins.strategies.tensor.peers import Peers
 from torch.nn import functional as F
 
 from accel import Accelerator
+from accel.runtime.divided.peers import Peers
+from accel.runtime.divided.tensor import Divided, Division, divide, part_of, whole_of
 from accel.testing import run
 
 B, T, H, W = 2, 3, 4, 5

@@ -1,0 +1,1 @@
+"""Tensors of which each process holds a part, and which look whole to the code that works with them."""
