@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -142,6 +143,12 @@ class Strategy:
 
     def after_step(self, model: nn.Module) -> None:
         """Called after an optimizer has changed parameters of the model."""
+
+    def forget_gradients(self, model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+        """Called when an optimizer has dropped the gradients of its parameters, some of which may be the model's.
+
+        What was added up without being exchanged, and is kept elsewhere than in `.grad`, goes too.
+        """
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether this process counts a parameter of which it holds all, among those along the axis that do.

@@ -15,7 +15,7 @@ from ..interfaces.strategy import Strategy
 from .adopt import Adopted, Part, adopt, part_of
 from .deferred import Filling
 from .gradients import Arrivals
-from .shards import accept_whole_model_states, divide_like
+from .shards import accept_whole_model_states, divide_state
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -142,4 +142,4 @@ def rebind(optimizer: Optimizer, replaced: dict[int, nn.Parameter]) -> None:
         group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
     for old in [parameter for parameter in optimizer.state if replaced.get(id(parameter), parameter) is not parameter]:
         new = replaced[id(old)]
-        optimizer.state[new] = {name: divide_like(value, new) for name, value in optimizer.state.pop(old).items()}
+        optimizer.state[new] = divide_state(optimizer.state.pop(old), new)

@@ -24,8 +24,9 @@ class OptimizerPart(Part):
     """What accel knows of one prepared optimizer, and what a precision sees of it: see `accel.interfaces.Steppable`.
 
     `explicit` is the window that `Accelerator.accumulate` counts. `before_step` is called with this part before
-    gradients are used, `after_step` when parameters have changed. `on_any_process` reduces a flag; its second
-    argument says whether this optimizer's parameters are divided among processes.
+    gradients are used, `after_step` when parameters have changed, `dropped` when gradients have been dropped.
+    `on_any_process` reduces a flag; its second argument says whether this optimizer's parameters are divided among
+    processes.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class OptimizerPart(Part):
         explicit: ExplicitWindow,
         before_step: Callable[[OptimizerPart], None],
         after_step: Callable[[OptimizerPart], None],
+        dropped: Callable[[OptimizerPart], None],
         on_any_process: Callable[[Tensor, bool], Tensor],
     ) -> None:
         super().__init__()
         self.optimizer, self.precision, self.explicit = optimizer, precision, explicit
-        self.before_step, self.after_step = before_step, after_step
+        self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
         self._on_any_process = on_any_process
         self.window = Window(explicit.length, explicit.sources)
         self.calls = 0
@@ -119,6 +121,7 @@ class OptimizerPart(Part):
         if not self.open:
             super(PreparedOptimizer, self.optimizer).zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
             self.unscaled = False
+            self.dropped(self)
 
     def _count(self) -> None:
         self.open = True

@@ -6,7 +6,7 @@ cannot be pickled by mistake: torch would write this process's part and call it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
+
+STEP = "step"
+"""Under this name torch's optimizers count their steps: a scalar, also where the parameter is one."""
 
 
 class Elsewhere(nn.Parameter):
@@ -60,9 +63,14 @@ def divide_like(value: Any, model: Tensor) -> Any:
     """
     if not isinstance(model, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
-    if value.shape != model.shape or not value.dim():
+    if value.shape != model.shape:
         return value
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
+def divide_state(kept: Mapping[Any, Any], parameter: Tensor) -> dict[Any, Any]:
+    """What an optimizer keeps for a parameter, laid out as the parameter is; the count of its steps stays plain."""
+    return {name: value if name == STEP else divide_like(value, parameter) for name, value in kept.items()}
 
 
 def held_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -114,7 +122,7 @@ def _divide_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict
         if isinstance(parameter, Elsewhere):
             divided.pop(place, None)
         elif place in divided:
-            divided[place] = {name: divide_like(value, parameter) for name, value in divided[place].items()}
+            divided[place] = divide_state(divided[place], parameter)
     return {**state, "state": divided}
 
 

@@ -96,7 +96,13 @@ class Training(Process):
         if optimizer_part(optimizer) is None:
             rebind(optimizer, self._replaced)
             part = OptimizerPart(
-                optimizer, self.precision, self._window, self._before_step, self._after_step, self._on_any_process
+                optimizer,
+                self.precision,
+                self._window,
+                self._before_step,
+                self._after_step,
+                self._dropped,
+                self._on_any_process,
             )
             self._check_optimizer(optimizer)
             prepare_optimizer(optimizer, part)
@@ -336,6 +342,11 @@ class Training(Process):
                 strategy.after_step(model.model)
         if self.precision.scales_loss:
             self.precision.update([o for o in self._optimizers if not (o.spent or o.unscaled) and o.has_gradients()])
+
+    def _dropped(self, part: OptimizerPart) -> None:
+        for strategy in self.strategies:
+            for model in self._models:
+                strategy.forget_gradients(model.model, part.parameters())
 
     def _on_any_process(self, flag: Tensor, divided: bool) -> Tensor:
         """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""

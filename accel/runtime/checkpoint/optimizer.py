@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ...errors import CheckpointError
 from ...interfaces import Place
 from ..optimizer import optimizer_part
-from ..shards import Elsewhere, like_part
+from ..shards import STEP, Elsewhere, like_part
 from .fit import Differences
 from .parts import box_of, local_of
 from .read import Parts
@@ -92,16 +92,16 @@ def _wanted(
         name, _, key = full.rpartition(".")
         if name in index:
             parameter = parameters[index[name]]
-            wanted[index[name]][key] = _ask(parts, place, parameter, optimizer.state.get(parameter, {}).get(key))
+            wanted[index[name]][key] = _ask(parts, place, key, parameter, optimizer.state.get(parameter, {}).get(key))
     return wanted
 
 
-def _ask(parts: Parts, place: Place, parameter: nn.Parameter, own: Any) -> Take:
+def _ask(parts: Parts, place: Place, key: str, parameter: nn.Parameter, own: Any) -> Take:
     """Ask for a saved tensor: laid out as its parameter if it has the parameter's shape, else whole.
 
     `own` is what the optimizer has of this kind, whose memory is used again.
     """
-    if not parameter.dim() or tuple(parameter.shape) != place.entry.shape:
+    if key == STEP or tuple(parameter.shape) != place.entry.shape:
         whole = parts.whole(place)
         return lambda: whole
     local = local_of(own) if isinstance(own, Tensor) else None

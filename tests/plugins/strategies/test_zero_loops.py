@@ -250,41 +250,67 @@ def test_clipping_is_by_the_norm_over_all_ranks(stage):
     run(2, clipping, stage)
 
 
-def bare_backward(stage):
+def bare_backward(stage, uses):
     accelerator, model, optimizer, reference, expected = pair(stage)
     rank = accelerator.process_index
-    for step in range(2):
+    for step in range(3):
         _, parts = shares(step, accelerator)
-        loss_of(model(parts[rank]), parts[rank]).backward()
-        (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
+        loss_of(model(parts[rank], uses[rank]), parts[rank]).backward()
+        (sum(loss_of(reference(part, use), part) for part, use in zip(parts, uses, strict=True)) / 2).backward()
         assert_same_gradients(model, reference)
         optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
     assert_same_weights(model, reference)
 
 
+@pytest.mark.parametrize("uses", [[None, None], [(0, 1, 2), (0, 2)], [(0,), (2,)]], ids=str)
 @stages
-def test_a_bare_backward_exchanges(stage):
-    run(2, bare_backward, stage)
+def test_a_bare_backward_exchanges_whichever_blocks_a_rank_uses(stage, uses):
+    run(2, bare_backward, stage, uses)
 
 
-def discarding(stage):
-    """`model.zero_grad` between forward and backward, and after gradients that were never exchanged."""
+def bare_from_within(stage):
+    """Both ranks compute all blocks, but the losses are of the outputs of different ones."""
     accelerator, model, _, reference, _ = pair(stage)
+    rank = accelerator.process_index
+    _, parts = shares(0, accelerator)
+    outputs = {id(m): [] for m in (model, reference)}
+    for m in (model, reference):
+        for block in m.blocks:
+            block.register_forward_hook(lambda module, args, output, m=m: outputs[id(m)].append(output))
+    for block in (1, 2):
+        model(parts[rank]), reference(parts[0]), reference(parts[1])
+        outputs[id(model)][block * rank].square().mean().backward()
+        sum(outputs[id(reference)][i].square().mean() for i in (0, 3 + block)).div(2).backward()
+        assert_same_gradients(model, reference)
+        for found in (*outputs.values(), model.zero_grad(), reference.zero_grad()):
+            if found:
+                found.clear()
+
+
+@stages
+def test_a_bare_backward_may_begin_anywhere(stage):
+    run(2, bare_from_within, stage)
+
+
+def discarding(stage, dropping):
+    """`zero_grad` between forward and backward, and after gradients that were never exchanged."""
+    accelerator, model, optimizer, reference, _ = pair(stage)
     rank = accelerator.process_index
     _, parts = shares(0, accelerator)
     with accelerator.no_sync(model):
         accelerator.backward(loss_of(model(parts[rank]), parts[rank]))
     for _ in range(2):
         loss = loss_of(model(parts[rank]), parts[rank])
-        model.zero_grad()
+        (model if dropping == "model" else optimizer).zero_grad()
         accelerator.backward(loss)
     (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
     assert_same_gradients(model, reference)
 
 
+@pytest.mark.parametrize("dropping", ["model", "optimizer"])
 @stages
-def test_zero_grad_of_the_model_discards_all_gradients(stage):
-    run(2, discarding, stage)
+def test_zero_grad_discards_all_gradients(stage, dropping):
+    run(2, discarding, stage, dropping)
 
 
 def overflow(stage):

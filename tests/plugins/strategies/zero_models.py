@@ -31,20 +31,21 @@ class LM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.position = nn.Parameter(torch.randn(LENGTH, width) / 10)
+        self.scale = nn.Parameter(torch.ones(()))
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens, use=None):
-        x = self.embedding(tokens) + self.position
+        x = self.embedding(tokens) * self.scale + self.position
         for index, block in enumerate(self.blocks):
             if use is None or index in use:
                 x = block(x)
         return self.head(x)
 
     def score(self, tokens):
-        return self.head(self.embedding(tokens) + self.position)
+        return self.head(self.embedding(tokens) * self.scale + self.position)
 
 
 def make(seed=0, model=LM, **options):

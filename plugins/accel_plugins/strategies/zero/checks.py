@@ -71,8 +71,6 @@ def _parameter_faults(model: nn.Module, strategy: Zero) -> Iterator[str]:
             parameter.device_mesh.mesh_dim_names or (strategy.axis,)
         ):
             yield f"parameter {name!r} is already divided over {parameter.device_mesh}; leave that to prepare()"
-        if parameter.dim() == 0:
-            yield f"parameter {name!r} is a scalar, which cannot be divided; give it the shape (1,)"
     kinds: dict[torch.dtype, str] = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
     if len(kinds) > 1:
         found = ", ".join(f"{name!r} is {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .entries import Entries
 from .exchange import Exchange
 from .groups import Groups
 from .recompute import checkpoint_activations
+from .scalars import widen
 
 if TYPE_CHECKING:
     from .strategy import Zero
@@ -44,11 +46,13 @@ class ShardedModel:
         if not held_parameters(model):
             return
         blocks = [block for block in blocks if held_parameters(block)]
+        scalars = widen(model, strategy.mesh.size // self.options.replicas)
         self._shard(blocks)
         give_memory(model, strategy.device if self.options.offload == "none" else torch.device("cpu"))
+        self.groups = Groups(model, scalars, self._gather_dtype)
         strategy.known |= {id(parameter): parameter for parameter in model.parameters()}
-        self.groups = Groups(model, self._gather_dtype)
-        self.exchange = Exchange(self.groups, strategy.mesh.group, strategy.options.find_unused_parameters)
+        gathers = strategy.reshards_after_forward
+        self.exchange = Exchange(self.groups, strategy.mesh.group, self.options.find_unused_parameters, gathers)
         entries = Entries(model, blocks, self.groups)
         entries.wrap_methods(self.options.methods)
         if self.options.find_unused_parameters:
@@ -61,7 +65,7 @@ class ShardedModel:
         if self.exchange is not None:
             exchange = exchange or self.strategy.exchanges_every_micro_batch
             reshard = exchange or not self.strategy.gathers_once_a_window
-            self.exchange.begin(loss, exchange, reshard, gathers=self.strategy.reshards_after_forward)
+            self.exchange.begin(loss, exchange, reshard)
 
     def after_backward(self, exchange: bool, alone: bool) -> None:
         """Make up for an exchange that this process's loss did not set off, and give all the same buffers."""
@@ -85,6 +89,11 @@ class ShardedModel:
         """Free gathered parameters: the next forward must see what the optimizer made of them."""
         if self.exchange is not None:
             self.groups.reshard()
+
+    def forget_gradients(self, parameters: Collection[nn.Parameter]) -> None:
+        """Drop what was added up for these parameters and not exchanged."""
+        if self.exchange is not None:
+            self.groups.forget(set(map(id, parameters)))
 
     @property
     def _divides(self) -> bool:

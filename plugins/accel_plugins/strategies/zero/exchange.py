@@ -9,6 +9,7 @@ used, whose `.grad` then stays None as in one process.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from accel.runtime.nested import tensors
+
 from .groups import Groups, make_gradients_alike, whole_gradient
-from .reach import Reach, agree_on_used, reach_of
+from .reach import Reach, agree_on_used, reach_of, reach_under_way
 
 
 @dataclass
 class _Turn:
-    """One group's part in a backward pass. `calls` are the forward calls that it may be heard from."""
+    """One group's part in a backward pass. `calls` are the forward calls that it may be heard from, by `nodes`."""
 
     group: Any
     reduce: Callable[[], None]
@@ -31,38 +34,45 @@ class _Turn:
     heard: int = 0
     done: bool = False
     filled: list[Any] = field(default_factory=list)
+    nodes: list[weakref.ref[Any]] = field(default_factory=list)
 
     def reset(self) -> None:
-        self.calls, self.heard, self.done, self.filled = 0, 0, False, []
+        self.calls, self.heard, self.done, self.filled, self.nodes = 0, 0, False, [], []
+
+    def remember(self, inputs: Any) -> None:
+        """Note the node through which a forward call will be heard from."""
+        for _, tensor in tensors(inputs):
+            if getattr(tensor.grad_fn, "param_group", None) is self.group:
+                self.nodes.append(weakref.ref(tensor.grad_fn))
+                return
 
 
 class Exchange:
-    """Takes over when the groups of one model reduce their gradients."""
+    """Takes over when the groups of one model reduce their gradients.
 
-    def __init__(self, groups: Groups, group: ProcessGroup, find_unused: bool) -> None:
-        self.groups, self.group, self.find_unused = groups, group, find_unused
+    `gathers` says whether backward gathers parameters again.
+    """
+
+    def __init__(self, groups: Groups, group: ProcessGroup, find_unused: bool, gathers: bool) -> None:
+        self.groups, self.group, self.find_unused, self.gathers = groups, group, find_unused, gathers
         blocks = groups.all[len(groups.rest) :]
         self._turns = [_Turn(g, g.post_backward) for g in (*reversed(blocks), *groups.rest)]
         self._reach: Reach | None = None
-        self._ran = False
+        self._ran = self._begun = self._bare = False
         for turn in self._turns:
             self._listen(turn)
         for state in groups.states:
             self._finish_with(state)
 
-    def begin(self, loss: Tensor, exchange: bool, reshard: bool, gathers: bool) -> None:
+    def begin(self, loss: Tensor, exchange: bool, reshard: bool) -> None:
         """Say what the backward pass from `loss` does with gradients, and with gathered parameters; all ranks.
 
-        `gathers` says whether it gathers parameters. Where processes will not ask for the same ones, all are
-        gathered now.
+        Where processes will not ask for the same parameters, all are gathered now.
         """
-        self._ran = False
-        if self.find_unused and (exchange or gathers):
-            calls = {id(turn.group): turn.calls for turn in self._turns}
-            self._reach = reach_of(loss, self.groups, [calls[id(g)] for g in self.groups.all], self.group)
-            if gathers and self._reach.anywhere and not self._reach.alike:
-                self.groups.gather()
-                reshard = False
+        self._ran, self._begun = False, True
+        if self.find_unused and (exchange or self.gathers):
+            self._reach = reach_of(loss, self.groups, [turn.calls for turn in self._in_order], self.group)
+            reshard = reshard and not self._gather_if_unlike(self._reach)
         self._set(exchange, reshard)
 
     def end(self, alone: bool) -> None:
@@ -73,11 +83,29 @@ class Exchange:
         due = self._reach.anywhere if self._reach is not None else alone
         if self._exchanges and not self._ran and (due or self._has_gradients()):
             self.groups.root._root_post_backward_final_callback()
+        self._finish()
+        self.groups.hide()
+
+    def _begin_bare(self) -> None:
+        """A bare `loss.backward()` is about to gather: see to it that all processes ask for the same; all ranks."""
+        self._begun = self._bare = True
+        nodes = [[node for node in (ref() for ref in turn.nodes) if node is not None] for turn in self._in_order]
+        calls = [turn.calls for turn in self._in_order]
+        self._reach = reach_under_way(nodes, self.groups, calls, self.group)
+        self._set(exchange=True, reshard=not self._gather_if_unlike(self._reach))
+
+    def _gather_if_unlike(self, reach: Reach) -> bool:
+        unlike = self.gathers and reach.anywhere and not reach.alike
+        if unlike:
+            self.groups.gather()
+        return unlike
+
+    def _finish(self) -> None:
+        """Forget what was known of a backward pass, and be ready for a bare one."""
         if self._reach is not None and not self._reach.alike:
             self.groups.reshard()
-        self._reach = None
-        self.groups.hide()
-        self._set(exchange=True, reshard=True)  # for a bare loss.backward()
+        self._reach, self._begun = None, False
+        self._set(exchange=True, reshard=True)
 
     def run(self) -> None:
         """Exchange the gradients that passes have added up, without a backward pass; all ranks."""
@@ -95,7 +123,10 @@ class Exchange:
 
         def count(args: Any, kwargs: Any) -> Any:
             turn.calls += torch.is_grad_enabled()
-            return register(args, kwargs)
+            inputs = register(args, kwargs)
+            if self.gathers:
+                turn.remember(inputs)
+            return inputs
 
         def heard(*unused: Any) -> None:
             turn.heard += 1
@@ -104,7 +135,14 @@ class Exchange:
             else:
                 self._take_turns()
 
+        def arrive(*args: Any) -> None:
+            if self.gathers and self.find_unused and not self._begun:
+                self._begin_bare()
+            prepare(*args)
+
+        prepare = group.pre_backward
         group._register_post_backward_hook = count
+        group.pre_backward = arrive
         group.post_backward = heard
 
     def _finish_with(self, state: Any) -> None:
@@ -120,8 +158,17 @@ class Exchange:
                 self._drop_unused()
             for turn in self._turns:
                 turn.reset()
+            if self._bare:
+                self._bare = False
+                self._finish()
 
         state._root_post_backward_final_callback = flush
+
+    @property
+    def _in_order(self) -> list[_Turn]:
+        """The turns in the order of the groups."""
+        turns = {id(turn.group): turn for turn in self._turns}
+        return [turns[id(group)] for group in self.groups.all]
 
     @property
     def _exchanges(self) -> bool:

@@ -7,13 +7,15 @@ to reach them; the names used here are the same from 2.11 on, but for the one th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+from .scalars import Places, narrow, repeat_gradient
 
 _AUTOCAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 """Layers whose parameters autocast converts to the type that it computes in, and that do nothing else with them."""
@@ -25,7 +27,7 @@ class Groups:
     `all` begins with the group of what no block holds, if there is such; `rest` is that one or none.
     """
 
-    def __init__(self, model: nn.Module, gather_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, scalars: Places, gather_dtype: torch.dtype | None = None) -> None:
         assert isinstance(model, FSDPModule)
         self.root: Any = model._get_fsdp_state()
         if gather_dtype is not None:
@@ -36,6 +38,8 @@ class Groups:
         self.states: list[Any] = list(self.root._state_ctx.all_states)
         self.rest: list[Any] = _groups_of(self.root)
         self.all: list[Any] = [group for state in self.states for group in _groups_of(state)]
+        for parameter in self.parameters():
+            narrow(parameter, scalars)
         self._hidden: set[Any] = set()
         for group in self.all:
             group.pre_forward = functools.partial(self._shown, group, group.pre_forward)
@@ -80,14 +84,20 @@ class Groups:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients: the parts, and what was added up without being exchanged."""
+        self.forget({id(parameter.sharded_param) for parameter in self.parameters()})
         for parameter in self.parameters():
-            parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):
-                parameter._unsharded_param.grad = None
             if set_to_none:
                 parameter.sharded_param.grad = None
             elif parameter.sharded_param.grad is not None:
                 parameter.sharded_param.grad.zero_()
+
+    def forget(self, parameters: Set[int]) -> None:
+        """Forget what was added up for the parameters with these ids without being exchanged."""
+        for parameter in self.parameters():
+            if id(parameter.sharded_param) in parameters:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
 
     @property
     def idle(self) -> bool:
@@ -128,11 +138,13 @@ def _init_narrow(parameter: Any, dtype: torch.dtype, policy: Any) -> None:
 
 
 def make_gradients_alike(group: Any) -> None:
-    """Convert gradients to the type in which they are reduced: torch reduces only gradients of one type together."""
+    """Bring gradients to the shape and type in which they are reduced: torch reduces those of one type together."""
     for parameter in group.fsdp_params:
         if hasattr(parameter, "_unsharded_param"):
             parameter.accumulate_unsharded_grad_if_needed()
             parameter.to_accumulated_grad_if_needed()
+            if not parameter.sharded_param.dim():
+                repeat_gradient(parameter)
 
 
 def whole_gradient(parameter: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed import ProcessGroup
 
 from .groups import Groups, whole_gradient
@@ -30,7 +31,7 @@ def reach_of(loss: Tensor, groups: Groups, calls: list[int], group: ProcessGroup
     same groups equally often: only then do their collectives fit together by themselves.
     """
     heard = [0] * len(groups.all)
-    used = {id(p) for p in groups.parameters() if whole_gradient(p) is not None}
+    used = set[int]()
     leaves = {id(p._unsharded_param): p for p in groups.parameters() if hasattr(p, "_unsharded_param")}
     places = {id(g): place for place, g in enumerate(groups.all)}
     for node in _nodes(loss):
@@ -38,6 +39,26 @@ def reach_of(loss: Tensor, groups: Groups, calls: list[int], group: ProcessGroup
             heard[place] += 1
         elif (parameter := leaves.get(id(getattr(node, "variable", None)))) is not None:
             used.add(id(parameter))
+    return _compare(heard, calls, used, groups, group)
+
+
+def reach_under_way(nodes: Sequence[Sequence[Any]], groups: Groups, calls: list[int], group: ProcessGroup) -> Reach:
+    """The same from within a backward pass whose loss is not known; all ranks.
+
+    `nodes` are those of each group's forward calls that tell it that its backward is through.
+    """
+    executes: Callable[[Any], bool] = torch._C._will_engine_execute_node
+    heard = [sum(map(executes, own)) for own in nodes]
+    used = set[int]()
+    for parameter in groups.parameters():
+        leaf = getattr(parameter, "_unsharded_param", None)
+        if leaf is not None and leaf.requires_grad and executes(get_gradient_edge(leaf).node):
+            used.add(id(parameter))
+    return _compare(heard, calls, used, groups, group)
+
+
+def _compare(heard: list[int], calls: list[int], used: set[int], groups: Groups, group: ProcessGroup) -> Reach:
+    used = used | {id(p) for p in groups.parameters() if whole_gradient(p) is not None}
     bits = [int(id(p) in used) for p in groups.parameters()]
     touched = [int(any(id(p) in used for p in g.fsdp_params)) for g in groups.all]
     return _agree([*heard, *calls, *touched], bits, bool(used) or any(heard), group)

@@ -7,6 +7,7 @@ gradients live.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -123,6 +124,9 @@ class Zero(Strategy):
 
     def after_step(self, model: nn.Module) -> None:
         self.models[model].reshard()
+
+    def forget_gradients(self, model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+        self.models[model].forget_gradients(parameters)
 
     def release(self) -> None:
         self.models.clear()
