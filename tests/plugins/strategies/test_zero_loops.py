@@ -174,6 +174,9 @@ def methods(stage):
     assert_same_gradients(model, reference)
     with torch.no_grad():
         torch.testing.assert_close(model.score(parts[0]), reference.score(parts[0]))
+    other = accelerator_for(stage).prepare(make())
+    with pytest.raises(PrepareError, match=rf"score\(\): uses .*, as in strategies\.{stage}\.methods: \[score\]"):
+        other.score(parts[0])
     with pytest.raises(PrepareError, match=rf"strategies\.{stage}\.methods: it has no method 'generate'"):
         accelerator_for(stage, {"methods": ["generate"]}).prepare(make())
 
@@ -410,9 +413,17 @@ def averages(stage):
         for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
             average.lerp_(parameter, 0.5)
         ema(tokens(0, 2))
+    late = accelerator.prepare(make(seed=7))
+    late.load_state_dict(model.state_dict())
+    assert_same(accelerator.get_state_dict(late), accelerator.get_state_dict(model))
     start, trained, found = make().state_dict(), accelerator.get_state_dict(model), accelerator.get_state_dict(ema)
     for name in start:
         torch.testing.assert_close(found[name], (start[name] + trained[name]) / 2)
+
+
+def assert_same(found, expected):
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @stages

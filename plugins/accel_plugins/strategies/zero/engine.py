@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -55,6 +55,7 @@ class ShardedModel:
         self.exchange = Exchange(self.groups, strategy.mesh.group, self.options.find_unused_parameters, gathers)
         entries = Entries(model, blocks, self.groups)
         entries.wrap_methods(self.options.methods)
+        entries.explain_methods(f"strategies.{strategy.name}.methods")
         if self.options.find_unused_parameters:
             entries.gather_in_order(keep=not strategy.reshards_after_forward)
         model.zero_grad = self.groups.zero_grad  # type: ignore[method-assign]
@@ -94,6 +95,20 @@ class ShardedModel:
         """Drop what was added up for these parameters and not exchanged."""
         if self.exchange is not None:
             self.groups.forget(set(map(id, parameters)))
+
+    def describe(self) -> dict[str, str]:
+        """What is gathered as one, by the name of its module, and why."""
+        if self.exchange is None:
+            return {}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        shards = self.strategy.mesh.size // self.options.replicas
+        found = {}
+        for group in self.groups.all:
+            first = next(names[id(module)] for module in group.modules)
+            count = sum(math.prod(parameter._orig_size) for parameter in group.fsdp_params)
+            why = "one of the repeated blocks" if first else "what no block holds"
+            found[first] = f"{count:,} parameters gathered as one, {why}; divided among {shards} processes"
+        return found
 
     @property
     def _divides(self) -> bool:
@@ -156,17 +171,11 @@ class ShardedModel:
                 parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
 
     def _mesh(self) -> DeviceMesh:
-        """The data axis; with replicas, as a grid of replicas and shards."""
+        """The data axis; with replicas, split into a grid of replicas and shards."""
         axis, replicas = self.strategy.mesh, self.options.replicas
         if replicas == 1:
             return axis.device_mesh
-        if axis.size != dist.get_world_size():
-            raise PrepareError(
-                f"strategies.{self.strategy.name}.replicas: {replicas} needs all {dist.get_world_size()} processes on "
-                f"the data axis, which has {axis.size}; set replicas: 1 beside other strategies"
-            )
-        shape, names = (replicas, axis.size // replicas), ("replicas", "shards")
-        return init_device_mesh(self.strategy.device.type, shape, mesh_dim_names=names)
+        return axis.device_mesh._unflatten(0, (replicas, axis.size // replicas), ("replicas", "shards"))
 
     def _offload_policy(self) -> OffloadPolicy:
         if self.options.offload == "none":
@@ -190,7 +199,8 @@ class ShardedModel:
         def refuse(memo: Any) -> None:
             raise PrepareError(
                 f"copy.deepcopy: this {name} is divided among the processes and cannot be copied; copy it before "
-                "prepare() and prepare both, whose parameters then pair up; for its weights, use get_state_dict()"
+                "prepare() and prepare both, whose parameters then pair up, or prepare another one and call its "
+                "load_state_dict(model.state_dict()); for whole weights, call get_state_dict(model)"
             )
 
         for module in self.model.modules():

@@ -7,11 +7,15 @@ Torch gathers the parameters that no block holds when the model's own forward be
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from accel.errors import PrepareError
 
 from .groups import Groups
 
@@ -34,7 +38,25 @@ class Entries:
     def wrap_methods(self, names: Iterable[str]) -> None:
         """Let these methods find the model's own parameters gathered."""
         for name in names:
-            self.model.__dict__[name] = functools.partial(self._call, getattr(self.model, name))
+            self._replace(name, self._call)
+
+    def explain_methods(self, setting: str) -> None:
+        """Let the class's other methods say what they need if they use the model's own parameters."""
+        kinds = type(self.model).__mro__
+        for kind in kinds[: kinds.index(nn.Module)]:
+            for name, value in vars(kind).items():
+                own = inspect.isfunction(value) and not name.startswith("_") and not hasattr(FSDPModule, name)
+                if own and not hasattr(nn.Module, name) and name not in self.model.__dict__:
+                    self._replace(name, functools.partial(_explain, setting, name))
+
+    def _replace(self, name: str, caller: Callable[..., Any]) -> None:
+        method = getattr(self.model, name)
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return caller(method, *args, **kwargs)
+
+        self.model.__dict__[name] = call
 
     def gather_in_order(self, keep: bool) -> None:
         """From now on, each forward gathers all groups in one order, whichever of them this process needs.
@@ -93,6 +115,19 @@ class Entries:
             self.groups.hide()
         else:
             self.groups.reshard()
+
+
+def _explain(setting: str, name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a method, and say which setting it needs if it meets a divided parameter."""
+    try:
+        return method(*args, **kwargs)
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        raise PrepareError(
+            f"{name}(): uses parameters of the model itself, of which this process holds only a part; name the method "
+            f"in the settings, as in {setting}: [{name}]"
+        ) from error
 
 
 class _Order:

@@ -53,7 +53,7 @@ class Zero(Strategy):
         """Give every process rank 0's buffers after each exchange, such as batch norm's running statistics."""
 
         methods: tuple[str, ...] = ()
-        """Methods besides forward that use the model's own parameters, and so need them gathered."""
+        """Methods besides forward that use the model's own parameters, and so need them gathered, on all processes."""
 
         offload: Literal["none", "cpu"] = "none"
         """Where parts of parameters, gradients and optimizer state live: on the device, or in the host's memory."""
@@ -127,6 +127,9 @@ class Zero(Strategy):
 
     def forget_gradients(self, model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
         self.models[model].forget_gradients(parameters)
+
+    def describe(self, model: nn.Module) -> dict[str, str]:
+        return self.models[model].describe()
 
     def release(self) -> None:
         self.models.clear()
