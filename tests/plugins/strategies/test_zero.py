@@ -66,6 +66,7 @@ def train(stage, options, optimizer=adamw, accumulation=1, frozen=False, tied=Tr
         {"activation_checkpointing": "selective"},
         {"find_unused_parameters": False},
         {"broadcast_buffers": False},
+        {"prefetch": 2},
     ],
     ids=str,
 )
@@ -98,6 +99,33 @@ def test_frozen_and_untied_weights(stage):
 @stages
 def test_compiled_blocks_give_one_processs_weights(stage):
     run(2, train, stage, {"compile": True}, timeout=110)
+
+
+def beside_tensor(stage):
+    """Two replicas of two shards, of parameters that two processes divide already."""
+    tensor = {"size": 2, "example": {"tokens": "int64[2, 6] < 37"}}
+    accelerator = Accelerator(device="cpu", strategies={"tensor": tensor, stage: {"replicas": 2, "minimum_size": 0}})
+    data = accelerator.mesh.axis(accelerator.strategies[-1].axis)
+    model, reference = make(seed=accelerator.process_index), make()
+    mine, theirs = adamw(model), adamw(reference)
+    model, mine = accelerator.prepare(model, mine)
+    for step in range(2):
+        x = tokens(step, 8)
+        part = x.chunk(data.size)[data.index]
+        accelerator.backward(loss_of(model(part), part))
+        loss_of(reference(x), x).backward()
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.1), rtol=1e-5, atol=0)
+        mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
+    found = accelerator.get_state_dict(model)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@stages
+def test_replicas_beside_tensor(stage):
+    run(8, beside_tensor, stage)
 
 
 def test_a_single_process_recomputes_too():

@@ -66,6 +66,11 @@ def test_ranks_may_use_different_blocks(stage, uses):
     run(2, steps, stage, uses)
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_ranks_may_use_different_blocks_that_are_gathered_ahead(stage):
+    run(2, steps, stage, [(0, 1, 2), (0, 2)], {"prefetch": 2})
+
+
 def test_zero3_gathers_once_where_ranks_use_different_blocks():
     run(2, steps, "zero3", [(0, 1, 2), (0, 2)], {"reshard_after_forward": False})
 

@@ -160,6 +160,7 @@ class ShardedModel:
             block.register_forward_hook(_own_outputs, prepend=True)
             fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
+        self._prefetch(blocks)
         divided = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         axis = self.strategy.mesh
         improve_collectives(divided, axis.group, self.strategy.device, axis.size // self.options.replicas)
@@ -169,6 +170,14 @@ class ShardedModel:
         for parameter in before.values():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
+
+    def _prefetch(self, blocks: list[Any]) -> None:
+        """Let each block gather those that are needed after it, nearest first."""
+        depth = self.options.prefetch
+        if depth:
+            for index, block in enumerate(blocks):
+                block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + depth])
+                block.set_modules_to_backward_prefetch(blocks[max(index - depth, 0) : index][::-1])
 
     def _mesh(self) -> DeviceMesh:
         """The data axis; with replicas, split into a grid of replicas and shards."""

@@ -147,6 +147,9 @@ class _Order:
         """Gather what this forward did not need, unless an exception ended it."""
         if not broken_off:
             self._pass(len(self.groups))
+            for group in self.groups:
+                if group._all_gather_result is not None:  # gathered ahead, and then not used
+                    self._end_gathering(group)
         self._passed = None
 
     def _unshard(self, index: int, unshard: Any, async_op: bool = False) -> None:
@@ -162,6 +165,9 @@ class _Order:
                 self._passed.add(index)
                 if not group.is_unsharded:
                     group.unshard()
-                    group.wait_for_unshard()
-                    if not self.keep:
-                        group._to_sharded()
+                    self._end_gathering(group)
+
+    def _end_gathering(self, group: Any) -> None:
+        group.wait_for_unshard()
+        if not self.keep:
+            group._to_sharded()
