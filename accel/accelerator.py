@@ -178,6 +178,7 @@ class Accelerator(Saving):
         for known in (self._models, self._optimizers, self._schedulers, self._loaders, self._active, self._registered):
             known.clear()
         self._boundaries.forget()
+        self._checkpoints.forget()
         self._replaced.clear()
         self._verified.clear()
         for strategy in self.strategies:

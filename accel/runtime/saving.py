@@ -19,7 +19,7 @@ from ..interfaces import Tracker
 from ..interfaces.launcher import PREEMPTED
 from ..plan import Plan
 from ..storage import FOLDER, parse_size
-from .checkpoint import Checkpoints, Differences, State, group_of
+from .checkpoint import Checkpoints, Differences, Pickled, State, group_of
 from .deferred import is_empty
 from .model import model_part, whole_state_dict
 from .preemption import SIGNALS, Preemption
@@ -47,15 +47,19 @@ class Saving(Training):
             self._checkpoints.fill(state)
         return state
 
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Let `save_state` and `load_state` keep these objects too; each has `state_dict` and `load_state_dict`."""
+    def register_for_checkpointing(self, *objects: Any, pickle: bool = False) -> None:
+        """Let `save_state` and `load_state` keep these objects too; each has `state_dict` and `load_state_dict`.
+
+        Their state is made of tensors, numbers, text, lists, tuples and dicts. With `pickle` it may be anything that
+        can be pickled; loading a pickle can run any code, so have it only for checkpoints that you trust.
+        """
         for value in objects:
             if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
                 raise PrepareError(
                     f"register_for_checkpointing: expected an object with state_dict() and load_state_dict(), "
                     f"got {type(value).__name__}"
                 )
-        self._registered.extend(objects)
+        self._registered.extend(map(Pickled, objects) if pickle else objects)
 
     def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool = True) -> str:
         """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.

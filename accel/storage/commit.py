@@ -72,11 +72,22 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside(folder), ignore_errors=True)
 
 
+def doomed(folder: Path) -> Path:
+    """Where a folder is while it is deleted."""
+    return folder.with_name(f".{folder.name}.deleting")
+
+
+def sweep(home: Path) -> None:
+    """Delete what killed deletions have left in a folder. Raises CheckpointError."""
+    with naming(home, "cleared"):
+        for path in home.glob(doomed(home / "checkpoint_*").name):
+            shutil.rmtree(path)
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that it is never found half deleted. Raises CheckpointError."""
-    doomed = folder.with_name(f".{folder.name}.deleting")
     with naming(folder, "deleted"):
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed(folder).exists():
+            shutil.rmtree(doomed(folder))
+        folder.rename(doomed(folder))
+        shutil.rmtree(doomed(folder))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .commit import older, remove
+from .commit import older, remove, sweep
 from .manifest import Manifest, read_manifest
 
 FOLDER = "checkpoints"
@@ -50,11 +50,12 @@ def complete(folder: Path) -> Manifest:
 
 def rotate(home: Path, limit: int) -> list[Path]:
     """Delete all but the newest `limit` complete checkpoints, oldest first; unfinished ones are let be."""
+    sweep(home)
     whole = [path for path in newest_first(home) if path.is_dir() and _is_complete(path)]
-    doomed = list(reversed(whole[limit:]))
-    for path in doomed:
+    old = list(reversed(whole[limit:]))
+    for path in old:
         remove(path)
-    return doomed
+    return old
 
 
 def _is_complete(folder: Path) -> bool:

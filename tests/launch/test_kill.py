@@ -1,7 +1,7 @@
 """Killed at any instant and resumed, a run trains on each sample once, in the order of the run that was not killed.
 
-A run is killed several times at instants drawn from a seed, the k-th time that a process opens, syncs or renames a
-file or begins a micro-batch, and each time started again, on another number of processes where only the samples are
+A run is killed several times at instants drawn from a seed, the k-th time that a process opens, renames or deletes
+a file or begins a micro-batch, and each time started again, on another number of processes where only the samples are
 compared.
 """
 
@@ -17,8 +17,8 @@ from .conftest import Launch
 from .killed import BATCH, EPOCHS, SAMPLES, WINDOW
 
 SCRIPT = Path(__file__).parent / "killed.py"
-EVENTS = {"step": 10, "open": 12, "os.rename": 2, "os.mkdir": 2}
-"""What a kill may come at, and up to which occurrence."""
+EVENTS = {"step": 10, "open": 16, "os.rename": 4, "os.mkdir": 2, "shutil.rmtree": 2, "os.remove": 6, "os.rmdir": 1}
+"""What a kill may come at, and up to which occurrence; the last three are of rotation."""
 
 STEPS = EPOCHS * -(-(SAMPLES // BATCH) // WINDOW)
 

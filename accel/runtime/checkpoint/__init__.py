@@ -3,5 +3,6 @@
 from .checkpoints import Checkpoints
 from .contents import State, group_of
 from .fit import Differences
+from .pickled import Pickled
 
-__all__ = ["Checkpoints", "Differences", "State", "group_of"]
+__all__ = ["Checkpoints", "Differences", "Pickled", "State", "group_of"]

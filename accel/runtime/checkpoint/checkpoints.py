@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 import warnings
@@ -107,6 +108,10 @@ class Checkpoints:
         if failure is not None:
             raise CheckpointError(f"the checkpoint begun before was not written: {failure}") from failure
 
+    def forget(self) -> None:
+        """Give back the memory for snapshots; one that is being written keeps its own until it is."""
+        self._buffer = None
+
     def _write(self, work: Work, facts: dict[str, Any], numbered: bool) -> None:
         def finish(ranges: Sequence[Range]) -> None:
             manifest = Manifest({file.name: file.size for file in work.files}, ranges, facts)
@@ -124,10 +129,19 @@ class Checkpoints:
             except Exception as error:  # noqa: BLE001 - it surfaces at the next call
                 self._failure = error
 
-        atexit.unregister(self.wait)
-        atexit.register(self.wait)  # before the process group is left, since it comes after that in the list
+        atexit.unregister(self._wait_at_exit)
+        atexit.register(self._wait_at_exit)  # before the process group is left, since it comes after that in the list
         self._thread = threading.Thread(target=run, name="accel-checkpoint")
         self._thread.start()
+
+    def _wait_at_exit(self) -> None:
+        """As `wait`; a failure makes the exit code 1, which an exception at this late hour would not."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            print(f"accel: {error}", file=sys.stderr)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(1)
 
     def _staging(self, size: int) -> Tensor:
         """Memory for a snapshot, kept for the next one: fresh memory costs more than the copy itself."""

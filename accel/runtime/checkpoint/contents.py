@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ...errors import CheckpointError
 from ...interfaces import Precision
 from ..loader import PreparedLoader
 from ..optimizer import optimizer_part
@@ -111,9 +112,21 @@ def collect(state: State) -> Contents:
     }
     for kind, objects in state.others().items():
         states = state.positions() if kind == "loaders" else [value.state_dict() for value in objects]
-        packed = [pack(value, contents.small, f"{kind}.{i}") for i, value in enumerate(states)]
+        packed = [_pack_of(objects[i], value, contents, f"{kind}.{i}") for i, value in enumerate(states)]
         contents.values[kind] = packed
     return contents
+
+
+def _pack_of(owner: Any, state: Any, contents: Contents, path: str) -> Any:
+    """The plain form of an object's state; an error says whose it is, and what would work."""
+    try:
+        return pack(state, contents.small, path)
+    except CheckpointError as error:
+        name = type(owner).__name__
+        hint = f"register_for_checkpointing({name.lower()}, pickle=True) would keep a pickle of it"
+        raise CheckpointError(
+            f"{name}: {error}; {hint}" if path.startswith("registered") else f"{name}: {error}"
+        ) from None
 
 
 def collect_random(state: State, rank: int) -> tuple[Any, dict[str, Tensor]]:

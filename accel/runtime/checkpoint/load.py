@@ -24,6 +24,7 @@ from .exchange import Exchange
 from .fit import Differences, check_counts, foreign
 from .model import Load, load_extra, plan_model
 from .optimizer import plan_optimizer
+from .pickled import check_pickles
 from .read import Parts, SavedTensors
 from .write import VALUES
 
@@ -101,6 +102,7 @@ def _plan(
     here = {"models": len(state.models), "optimizers": len(state.optimizers)}
     here |= {kind: len(objects) for kind, objects in state.others().items()}
     check_counts(folder, {kind: len(values[kind]) for kind in here}, here)
+    check_pickles(values["registered"], list(state.registered))
     small = SavedTensors(folder, format.places(folder, SMALL))
     plans = {}
     for index, model in enumerate(state.models):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,30 @@ def test_the_end_of_the_script_waits(tmp_path: Path) -> None:
     accelerator = Accelerator()
     accelerator.prepare(torch.nn.Linear(1000, 1000))
     accelerator.load_state(tmp_path / "c")
+
+
+FAILING = """
+import errno, os
+def fail(*arguments): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+os.pwrite = fail
+"""
+
+
+def test_the_end_of_the_script_tells_of_a_failure(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FAILING + SCRIPT, str(tmp_path / "c")], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "the checkpoint begun before was not written" in ended.stderr
+    assert "No space left on device" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_of_a_snapshot_is_given_back(tmp_path: Path) -> None:
+    accelerator, _, _ = prepared({})
+    accelerator.save_state(tmp_path / "c", blocking=False)
+    buffer = weakref.ref(accelerator._checkpoints._buffer)
+    accelerator.free_memory()
+    accelerator.end_training()
+    assert buffer() is None
+    assert (tmp_path / "c" / "manifest.json").exists()
