@@ -64,6 +64,24 @@ def part_of(value: Any) -> Any:
     return getattr(value, "__dict__", {}).get(PART)
 
 
+def own_class(value: Any) -> type[Any]:
+    """The class of an object, beneath what it was adopted as."""
+    return next(kind for kind in type(value).__mro__ if not issubclass(kind, Adopted))
+
+
+def own_method(value: Any, name: str) -> Any:
+    """A method of an object as it is without what it was adopted as, found anew at each call.
+
+    A strategy that runs a model's forward calls it so: those set up after it may yet change the class.
+    """
+
+    @functools.wraps(getattr(value, name))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(own_class(value), name)(value, *args, **kwargs)
+
+    return value.__dict__.get(name, call)
+
+
 @functools.cache
 def _adopted_class(mixin: type[Adopted], own: type[Any]) -> type[Any]:
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}

@@ -8,6 +8,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, A
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the named arguments of a forward call."""
 
+_known: WeakKeyDictionary[nn.Module, Inputs] = WeakKeyDictionary()
+"""What was found or said before: the first strategy may leave a model that takes no wrong inputs any more."""
+
 
 def example_inputs(model: nn.Module, given: Mapping[str, Any], setting: str) -> Inputs:
     """Arguments with which `model(*args, **kwargs)` runs: on its device, alike on all ranks, and small.
@@ -34,11 +38,14 @@ def example_inputs(model: nn.Module, given: Mapping[str, Any], setting: str) -> 
     it, they are a Hugging Face model's own `dummy_inputs`, or made up from the signature and the first layers. The
     model is left as it was. Called by each rank on its own. Raises PrepareError if the model runs on none of them.
     """
+    if not given and model in _known:
+        return _known[model]
     said = {name: _make(spec, _device(model)) for name, spec in parse_example(given, setting).items()}
     failures: dict[str, str] = {}
     for args, kwargs in [((), said)] if said else itertools.islice(_candidates(model), _TRIES):
         failure = _try(model, args, kwargs)
         if failure is None:
+            _known[model] = args, kwargs
             return args, kwargs
         failures[_describe(args, kwargs)] = failure
     tried = "; ".join(f"{inputs}: {failure}" for inputs, failure in itertools.islice(failures.items(), 4))

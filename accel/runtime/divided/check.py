@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..example import Inputs, tried_out
 from ..nested import tensors
+from ..shards import held_parameters
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Result:
 def run(model: nn.Module, inputs: Inputs) -> Result:
     """Forward and backward in evaluation mode, from a sum over all outputs with fixed weights; leaves no gradients."""
     args, kwargs = inputs
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held = set(held_parameters(model))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p in held}
     kept = {name: p.grad for name, p in parameters.items()}
     with tried_out(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

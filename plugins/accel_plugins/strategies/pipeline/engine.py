@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from accel.runtime.adopt import own_method
 from accel.runtime.collectives import broadcast_in_place
 
 from .absent import absent_parameter
@@ -33,7 +34,7 @@ class StagedModel:
         self.micro_batches = strategy.options.micro_batches or 2 * self.ranks
         self.streams, self.wire = Streams(self.device), Wire(strategy.mesh.group, self.device)
         broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], strategy.mesh.group)
-        self.own_forward = model.forward
+        self.own_forward = own_method(model, "forward")
         self.plan = make_plan(model, strategy)
         self.split, self.parts, self.layout = self.plan.split, self.plan.stage, self.plan.layout
         self.holders = self._find_holders()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,16 @@ from accel.runtime.collectives import broadcast_in_place
 from accel.runtime.divided import check
 from accel.runtime.divided.peers import Peers
 from accel.runtime.example import Inputs, example_inputs, tried_out
+from accel.runtime.shards import held_parameters
 
 from .layers import apply
-from .observe import observe
+from .observe import Observation, observe
 from .plan import Decision, Decisions, Planner, groups
 
 if TYPE_CHECKING:
     from .strategy import Tensor
+
+T = TypeVar("T")
 
 
 class DividedModel:
@@ -34,12 +37,12 @@ class DividedModel:
         self.group, self.device_mesh = axis.group, axis.device_mesh
         self.peers = Peers(axis.size, axis.index, axis.size, self.group)
         self._check_parameters()
-        broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], self.group)
+        originals = held_parameters(model)
+        broadcast_in_place([t.detach() for t in (*originals, *model.buffers())], self.group)
         inputs = example_inputs(model, strategy.options.example, "strategies.tensor.example")
-        originals = list(model.parameters())
         with _own_kernels():
             self.draws = self._draws_random_numbers(inputs)
-            seen = observe(model, inputs, axis.size)
+            seen = Observation.joined(_from_all(observe(model, inputs, axis.size)))
             self.decisions = Planner(model, seen, axis.size).decide(strategy.options.plan)
             self._divide(inputs)
         for parameter in originals:
@@ -87,13 +90,7 @@ class DividedModel:
             fault = check.compare(check.run(self.model, inputs), expected)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
             fault = f"nothing, but fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        return self._agreed(fault)
-
-    def _agreed(self, fault: str) -> str:
-        """The first fault that any of the processes found."""
-        found: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(found, fault, group=self.group)
-        return next((fault for fault in found if fault), "")
+        return next(filter(None, _from_all(fault)), "")
 
     def _check_parameters(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -127,6 +124,13 @@ class DividedModel:
             return torch.get_rng_state()
         state: torch.Tensor = torch.get_device_module(self.strategy.device).get_rng_state()
         return state
+
+
+def _from_all(value: T) -> list[T]:
+    """What each process of the run has: stages and replicas of a model must be divided alike."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 @contextlib.contextmanager

@@ -16,22 +16,30 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from accel.errors import PrepareError
+from accel.runtime.adopt import own_class
 from accel.runtime.divided.peers import Peers
 from accel.runtime.divided.tensor import Divided, Division, divide, part_of, whole_of
 from accel.runtime.nested import map_tensors
+from accel.runtime.shards import held_parameters
 
 _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer is just x W + b, so that it can be divided."""
-    known = type(module) in _LINEARS or is_transposed(module)
+    known = own_class(module) in _LINEARS or is_transposed(module)
     return known and module._parameters.get("weight") is not None
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear layer keeps its weight as [in, out], as GPT-2's of Hugging Face does."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    kind = own_class(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a layer is just an embedding."""
+    return own_class(module) is nn.Embedding
 
 
 class Layer:
@@ -71,11 +79,12 @@ class Layer:
 
     def own(self, name: str) -> Tensor | None:
         """This process's part of a parameter that this layer divides, or the whole of one that it does not."""
-        value, dim = self._parameters.get(name), self.divided_dims.get(name)
-        if value is None:
-            return None
+        value: Any = self._parameters.get(name)
+        dim = self.divided_dims.get(name)
+        if not isinstance(value, DTensor):  # no bias, or on another stage
+            return None if value is None else value.detach()
         if dim is None or value.placements[0].is_shard(dim):
-            return value.to_local()  # type: ignore[no-any-return]
+            return value.to_local()
         return self._peers.own(self._peers.copy(value.full_tensor()), dim)  # tied to what another layer holds whole
 
 
@@ -216,10 +225,11 @@ def apply(model: nn.Module, styles: Mapping[str, str], peers: Peers, mesh: Devic
         for key, dim in mixins[module].divided_dims.items():
             if (parameter := module._parameters.get(key)) is not None:
                 dims.setdefault(parameter, dim)
-    made = {parameter: _distribute(parameter, mesh, dims.get(parameter)) for parameter in model.parameters()}
+    held = held_parameters(model)
+    made = {parameter: _distribute(parameter, mesh, dims.get(parameter)) for parameter in held}
     for module, mixin in mixins.items():
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter in made:
                 module._parameters[key] = made[parameter]
         adopt(module, mixin, peers, mesh)
 

@@ -9,7 +9,7 @@ names. Where something needs the whole, the reason is noted.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from accel.runtime.divided.tensor import Divided, Division, divide, part_of
 from accel.runtime.example import Inputs, tried_out
 from accel.runtime.nested import map_tensors
 
-from .layers import is_linear
+from .layers import is_linear, is_table
 
 
 @dataclass
@@ -47,6 +47,20 @@ class Observation:
     plain_inputs: set[str] = field(default_factory=set)
     """Linear layers that also take inputs that are not divided."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Observation]) -> Observation:
+        """What several processes saw, each of its own stage of the model."""
+        whole = cls()
+        for part in parts:
+            for name, feeding in part.feeds.items():
+                whole.feeds[name] |= feeding
+            whole.needed_whole = part.needed_whole | whole.needed_whole
+            whole.indivisible = part.indivisible | whole.indivisible
+            whole.read_elsewhere |= part.read_elsewhere
+            whole.plain_inputs |= part.plain_inputs
+            whole.called += [name for name in part.called if name not in whole.called]
+        return whole
+
 
 def observe(model: nn.Module, inputs: Inputs, size: int) -> Observation:
     """Watch a forward pass on inputs on which the model runs; it is left as it was. `size` is that of the axis."""
@@ -66,7 +80,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.peers, self.seen = peers, observation
         peers.divided_whole = self.note
-        self.layers = {m: n for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)}
+        self.layers = {m: n for n, m in model.named_modules() if is_linear(m) or is_table(m)}
         self.owners: Mapping[int, set[str]] = _owners(self.layers)
         self.current: list[str] = []
         self.handles: list[Any] = []

@@ -15,7 +15,7 @@ from torch import nn
 
 from accel.errors import PrepareError
 
-from .layers import is_linear, is_transposed
+from .layers import is_linear, is_table, is_transposed
 from .observe import Observation
 
 SETTING = "strategies.tensor.plan"
@@ -52,7 +52,7 @@ class Planner:
     def __init__(self, model: nn.Module, seen: Observation, size: int) -> None:
         self.model, self.seen, self.size = model, seen, size
         self.layers: dict[str, Any] = {
-            name: module for name, module in model.named_modules() if is_linear(module) or _is_table(module)
+            name: module for name, module in model.named_modules() if is_linear(module) or is_table(module)
         }
         self.called = [name for name in seen.called if name in self.layers]
         self.decided: Decisions = {}
@@ -80,7 +80,7 @@ class Planner:
 
     def _checked(self, name: str, style: str) -> str:
         """The style for a layer that the user's plan names. Raises PrepareError if it cannot be held so."""
-        table, fault = _is_table(self.layers[name]), ""
+        table, fault = is_table(self.layers[name]), ""
         style = "gathered" if style == "vocabulary" and not table else style
         if style != "replicate":
             if table and style != "vocabulary":
@@ -115,7 +115,7 @@ class Planner:
 
     def _decide_vocabulary(self) -> None:
         """The tables of the vocabulary and its heads: as many rows and outputs; what is tied is held alike."""
-        tables = [name for name in self.called if _is_table(self.layers[name])]
+        tables = [name for name in self.called if is_table(self.layers[name])]
         heads = [name for name in self.called if name not in tables and name not in self.decided]
         matched = [self._rows(name) for name in tables if self._rows(name) in map(self._rows, heads)]
         rows = max(matched or map(self._rows, tables), default=0)
@@ -137,7 +137,7 @@ class Planner:
 
     def _why_not(self, name: str) -> str:
         """Why a layer is not divided."""
-        style = "vocabulary" if _is_table(self.layers[name]) else "column"
+        style = "vocabulary" if is_table(self.layers[name]) else "column"
         return (
             ("not called on the example" if name not in self.called else "")
             or self._shared(name)
@@ -208,7 +208,3 @@ def _kind(name: str) -> str:
 def _expression(pattern: str, inside: bool = False) -> re.Pattern[str]:
     """`*` stands for anything but a dot; `inside` takes what is in a named module too."""
     return re.compile(re.escape(pattern).replace(r"\*", "[^.]*") + (r"(\..*)?" if inside else ""))
-
-
-def _is_table(module: nn.Module) -> bool:
-    return type(module) is nn.Embedding

@@ -95,3 +95,20 @@ RECOMPUTED = {"activation_checkpointing": "selective", "minimum_size": 0}
 def test_beside_a_data_axis(make, data):
     for found in run(4, deviations, make, (), 4, {**tensor(2), **data}, 2, 0.1, "fp32", 3):
         check(found, {**ATTENTION, **FEED, **VOCABULARY})
+
+
+PIPELINE = {"pipeline": {"size": 2, "micro_batches": 2}}
+
+
+def test_beside_a_pipeline():
+    """Each stage divides its own layers, and all stages agree on how; tied weights are on the first and the last."""
+    for found in run(4, deviations, models.tied_gpt, (), 4, {**PIPELINE, **tensor(2)}, 2, 0.1, "fp32", 3):
+        check(found, {**ATTENTION, **FEED, **VOCABULARY})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["ddp", "zero3"])
+def test_in_three_dimensions(data):
+    strategies = {"pipeline": {"size": 2, "micro_batches": 2, "schedule": "1f1b"}, **tensor(2), data: {}}
+    for found in run(8, deviations, models.GPT, (), 8, strategies, 2, 0.1, "fp32", 3, timeout=110):
+        check(found, {**ATTENTION, **FEED, **VOCABULARY})

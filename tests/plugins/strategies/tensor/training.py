@@ -8,6 +8,7 @@ import torch
 
 from accel import Accelerator
 from accel.interfaces import Axis
+from accel.runtime.shards import Elsewhere
 
 from .models import loss_of
 
@@ -56,6 +57,8 @@ def deviations(make, args, n, strategies, accumulation=1, clip=None, precision="
         if step == 0:
             largest = max(p.grad.abs().max().item() for p in reference.parameters() if p.grad is not None)
             for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+                if isinstance(p, Elsewhere):
+                    continue
                 assert (p.grad is None) == (q.grad is None), name
                 if q.grad is not None:
                     note("gradient", p.grad.full_tensor(), q.grad, largest * (1e-3 if precision == "fp32" else 1))
@@ -64,7 +67,8 @@ def deviations(make, args, n, strategies, accumulation=1, clip=None, precision="
             note("norm", norm, torch.nn.utils.clip_grad_norm_(reference.parameters(), clip))
         optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        note("weight", p.full_tensor().detach(), q.detach(), 1e-2)
+        if not isinstance(p, Elsewhere):
+            note("weight", p.full_tensor().detach(), q.detach(), 1e-2)
     tensor = next(s for s in accelerator.strategies if s.axis is Axis.TENSOR)
     return worst, tensor.describe(model)
 
