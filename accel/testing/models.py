@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 WIDTH, CLASSES = 8, 8
-VOCABULARY, LENGTH = 17, 6
+VOCABULARY, LENGTH, HEADS = 20, 6, 4
 
 Sample = Mapping[str, Tensor]
 
@@ -54,6 +54,44 @@ class TiedLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens).cumsum(1) / LENGTH  # each position sees those before it
         out: Tensor = self.head(hidden + torch.tanh(self.mix(hidden)))
+        return out
+
+
+class Layer(nn.Module):
+    """[b, t, 2 * WIDTH] -> the same: causal attention, then a feed-forward layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.feed_norm = nn.LayerNorm(2 * WIDTH), nn.LayerNorm(2 * WIDTH)
+        self.inputs = nn.ModuleList(nn.Linear(2 * WIDTH, 2 * WIDTH, bias=False) for _ in range(3))
+        self.output = nn.Linear(2 * WIDTH, 2 * WIDTH)
+        self.up, self.down = nn.Linear(2 * WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        query, key, value = (layer(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in self.inputs)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.output(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(F.gelu(self.up(self.feed_norm(x))))
+        return out
+
+
+class Transformer(nn.Module):
+    """Tokens [b, LENGTH] -> logits [b, LENGTH, VOCABULARY]; blocks that repeat, for strategies that look for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.places = nn.Embedding(VOCABULARY, 2 * WIDTH), nn.Embedding(LENGTH, 2 * WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+        self.norm = nn.LayerNorm(2 * WIDTH)
+        self.head = nn.Linear(2 * WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(self.norm(x))
         return out
 
 
@@ -182,6 +220,7 @@ TASKS = {
         Task("mlp", MLP, _vectors, _classify),
         Task("frozen layers", FrozenMLP, _vectors, _classify),
         Task("tied weights", TiedLM, _tokens, _predict),
+        Task("transformer", Transformer, _tokens, _predict),
         Task("unused parameters", Branches, _flagged, _classify_flagged),
         Task("several outputs", Heads, _vectors, _classify_twice),
         Task("batch norm", CNN, _images, _classify_images),
