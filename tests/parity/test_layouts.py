@@ -113,7 +113,7 @@ def load(strategies: Any, folder: Path) -> tuple[dict[str, torch.Tensor], Traine
 CHAIN = ["3d with zero3", "single", "pipeline x zero2", "tensor x zero3", "3d with ddp"]
 
 
-@pytest.mark.parametrize(("saver", "loader"), itertools.pairwise(CHAIN), ids=str)
+@pytest.mark.parametrize(("saver", "loader"), list(itertools.pairwise(CHAIN)), ids=str)
 def test_any_layout_goes_on_from_any_other(saver: str, loader: str, tmp_path: Path) -> None:
     layouts = {**LAYOUTS, "single": (1, "single")}
     saved = run(layouts[saver][0], save, layouts[saver][1], tmp_path / "checkpoint", timeout=120)[0]
