@@ -7,6 +7,7 @@ written without accumulation accumulates by the setting alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,29 +21,37 @@ from .gradients import ExplicitWindow, Window
 from .shards import accept_whole_optimizer_states
 
 
+@dataclass(frozen=True)
+class Owner:
+    """What a prepared optimizer asks of the `Accelerator` that prepared it."""
+
+    precision: Precision
+
+    before_step: Callable[[OptimizerPart], None]
+    """Called when gradients are about to be used."""
+
+    after_step: Callable[[OptimizerPart], None]
+    """Called when parameters have changed."""
+
+    dropped: Callable[[OptimizerPart], None]
+    """Called when gradients have been dropped."""
+
+    on_any_process: Callable[[Tensor, bool], Tensor]
+    """The largest value of a scalar on any process whose gradients are not this one's; they all call it.
+
+    Its second argument says whether the optimizer's parameters are divided among processes.
+    """
+
+
 class OptimizerPart(Part):
     """What accel knows of one prepared optimizer, and what a precision sees of it: see `accel.interfaces.Steppable`.
 
-    `explicit` is the window that `Accelerator.accumulate` counts. `before_step` is called with this part before
-    gradients are used, `after_step` when parameters have changed, `dropped` when gradients have been dropped.
-    `on_any_process` reduces a flag; its second argument says whether this optimizer's parameters are divided among
-    processes.
+    `explicit` is the window that `Accelerator.accumulate` counts.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        precision: Precision,
-        explicit: ExplicitWindow,
-        before_step: Callable[[OptimizerPart], None],
-        after_step: Callable[[OptimizerPart], None],
-        dropped: Callable[[OptimizerPart], None],
-        on_any_process: Callable[[Tensor, bool], Tensor],
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, explicit: ExplicitWindow, owner: Owner) -> None:
         super().__init__()
-        self.optimizer, self.precision, self.explicit = optimizer, precision, explicit
-        self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
-        self._on_any_process = on_any_process
+        self.optimizer, self.explicit, self.owner = optimizer, explicit, owner
         self.window = Window(explicit.length, explicit.sources)
         self.calls = 0
         self.steps = 0
@@ -65,7 +74,7 @@ class OptimizerPart(Part):
 
     def on_any_process(self, flag: Tensor) -> Tensor:
         """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""
-        return self._on_any_process(flag, any(isinstance(parameter, DTensor) for parameter in self.parameters()))
+        return self.owner.on_any_process(flag, any(isinstance(parameter, DTensor) for parameter in self.parameters()))
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of all groups."""
@@ -101,13 +110,13 @@ class OptimizerPart(Part):
             self._count()
             return None
         if closure is None:
-            self.before_step(self)
-        stepped, result = self.precision.step(self, self.unscaled, closure)
+            self.owner.before_step(self)
+        stepped, result = self.owner.precision.step(self, self.unscaled, closure)
         self.skipped, self.unscaled, self.open, self.spent = not stepped, False, False, True
         self.steps += stepped
         self.window.restart()
         self._entries = self.explicit.entries
-        self.after_step(self)
+        self.owner.after_step(self)
         return result
 
     def abandon(self) -> None:
@@ -121,7 +130,7 @@ class OptimizerPart(Part):
         if not self.open:
             super(PreparedOptimizer, self.optimizer).zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
             self.unscaled = False
-            self.dropped(self)
+            self.owner.dropped(self)
 
     def _count(self) -> None:
         self.open = True
