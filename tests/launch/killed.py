@@ -68,7 +68,9 @@ class Killer:
 
 def main(folder: Path, name: str) -> None:
     """Train to the end; the main process leaves a hash of the weights."""
-    accelerator = Accelerator(split_batches=True, gradient_accumulation_steps=WINDOW, total_limit=2, project_dir=str(folder))
+    accelerator = Accelerator(
+        split_batches=True, gradient_accumulation_steps=WINDOW, total_limit=2, project_dir=str(folder)
+    )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -73,13 +73,27 @@ class Peers:
         whole: Tensor = _Gather.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
         return whole
 
+    def deal(self, part: Tensor, dim: int, outer: int) -> Tensor:
+        """From one of `parts` consecutive parts of a dim to one of each of `outer` equal pieces of it.
+
+        So a weight of which processes hold consecutive rows, as checkpoints and optimizers see it, is worked on with
+        rows of query, key and value each. Only rows that another process holds are sent.
+        """
+        if self.parts == 1 or outer == 1:
+            return part
+        dealt: Tensor = _Deal.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        return dealt
+
 
 class Undividable(Exception):
-    """Something that cannot be done part by part; the message says what. `indivisible` if for a number alone."""
+    """Something that cannot be done part by part; the message says what.
 
-    def __init__(self, reason: str, indivisible: bool = False) -> None:
+    `indivisible` if for a number alone; `pieces` if it could be with a part of each of so many equal pieces.
+    """
+
+    def __init__(self, reason: str, indivisible: bool = False, pieces: int = 1) -> None:
         super().__init__(reason)
-        self.indivisible = indivisible
+        self.indivisible, self.pieces = indivisible, pieces
 
 
 class _Copy(torch.autograd.Function):
@@ -126,3 +140,39 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.peers.own(gradient, ctx.dim, ctx.outer).contiguous(), None, None, None
+
+
+class _Deal(torch.autograd.Function):
+    """Rows go to those who work on them in forward; their gradients come back in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, dim: int, outer: int, peers: Peers) -> Tensor:
+        ctx.dim, ctx.outer, ctx.peers = dim, outer, peers
+        order, sends, comes = _blocks(outer, peers)
+        rows = part.movedim(dim, 0).unflatten(0, (outer, -1))[order].contiguous()  # type: ignore[no-untyped-call]
+        dealt = torch.empty_like(rows)
+        dist.all_to_all_single(dealt, rows, comes, sends, group=peers.group)
+        return dealt.flatten(0, 1).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        order, sends, comes = _blocks(ctx.outer, ctx.peers)
+        rows = gradient.movedim(ctx.dim, 0).unflatten(0, (ctx.outer, -1)).contiguous()  # type: ignore[no-untyped-call]
+        back = torch.empty_like(rows)
+        dist.all_to_all_single(back, rows, sends, comes, group=ctx.peers.group)
+        own = torch.empty_like(back)
+        own[order] = back
+        return own.flatten(0, 1).movedim(0, ctx.dim), None, None, None
+
+
+def _blocks(outer: int, peers: Peers) -> tuple[list[int], list[int], list[int]]:
+    """Of the `outer` blocks that each holds: their order by who works on them, and how many go to and come from each.
+
+    Block b of all is held by process b // outer, and worked on by process b % parts.
+    """
+    mine = [peers.index * outer + block for block in range(outer)]
+    order = sorted(range(outer), key=lambda block: mine[block] % peers.parts)
+    sends = [sum(block % peers.parts == other for block in mine) for other in range(peers.parts)]
+    theirs = [range(other * outer, (other + 1) * outer) for other in range(peers.parts)]
+    comes = [sum(block % peers.parts == peers.index for block in blocks) for blocks in theirs]
+    return order, sends, comes

@@ -42,7 +42,8 @@ def _place(before: int, sizes: Sequence[int], parts: int) -> tuple[int, int]:
             outer = before // passed
             if before % passed == 0 and size % outer == 0 and size // outer % parts == 0:
                 return dim, outer
-            raise Undividable(f"it is cut into {size}, which do not divide by {parts}", indivisible=True)
+            reason = f"it is cut into {size}, which do not divide by {parts}"
+            raise Undividable(reason, indivisible=True, pieces=size if outer == 1 else 1)
         passed *= size
     raise Undividable("a view takes apart what would be divided")
 
@@ -142,7 +143,8 @@ def _pieces(call: Call, sizes: list[int], dim: int) -> Any:
     whole = whole_shape(tensor)[dim]
     unit = whole // division.outer
     if any(size % unit for size in sizes):
-        raise Undividable(f"it is cut in {len(sizes)} pieces, of each of which a process would need its part")
+        reason = f"it is cut in {len(sizes)} pieces, of each of which a process would need its part"
+        raise Undividable(reason, pieces=len(sizes) if len(set(sizes)) == 1 else 1)
     parts = tensor.split([size // division.peers.parts for size in sizes], dim)
     return tuple(divide(p, moved(division, dim, size // unit)) for p, size in zip(parts, sizes, strict=True))
 
@@ -150,14 +152,14 @@ def _pieces(call: Call, sizes: list[int], dim: int) -> Any:
 def _unbind(call: Call) -> Any:
     dim, division = call.option(1, "dim", 0) % call.first.dim(), call.first.division
     if dim == division.dim:
-        raise Undividable("it is taken apart along what would be divided")
+        raise Undividable("it is taken apart along what would be divided", pieces=whole_shape(call.first)[dim])
     return tuple(divide(piece, moved(division, division.dim - (dim < division.dim))) for piece in call.run())
 
 
 def _select(call: Call) -> Any:
     dim, division = call.option(1, "dim") % call.first.dim(), call.first.division
     if dim == division.dim:
-        raise Undividable("one of what would be divided is selected")
+        raise Undividable("one of what would be divided is selected", pieces=whole_shape(call.first)[dim])
     return divide(call.run(), moved(division, division.dim - (dim < division.dim)))
 
 
@@ -191,7 +193,7 @@ def _index(call: Call) -> Any:
 def _check_untouched(item: Any, size: int) -> None:
     """Raise Undividable unless an index takes all of a dim."""
     if not isinstance(item, slice):
-        raise Undividable("one of what would be divided is selected")
+        raise Undividable("one of what would be divided is selected", pieces=size)
     if item.indices(size) != (0, size, 1):
         raise Undividable("a piece of what would be divided is taken")
 

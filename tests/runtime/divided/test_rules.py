@@ -120,6 +120,16 @@ def compare_fused():
         assert torch.equal(whole_of(piece.view(2, 2, 4)), expected.view(2, 2, 4))
     assert torch.equal(whole_of(x.view(2, 3, 2, 4)[:, 1] + 1), whole.view(2, 3, 2, 4)[:, 1] + 1)
     assert torch.equal(whole_of(x), whole)
+    rows = torch.randn(12, 2, requires_grad=True)
+    for dim in (0, 1):
+        given, dealt = rows.movedim(0, dim), peers.deal(peers.own(rows, 0).movedim(0, dim), dim, outer=3)
+        expected = peers.own(given, dim, outer=3)
+        assert torch.equal(dealt, expected)
+        weights = torch.arange(expected.numel()).view_as(expected) + 100.0 * peers.index
+        [gradient] = torch.autograd.grad((dealt * weights).sum(), rows)
+        [wanted] = torch.autograd.grad((expected * weights).sum(), rows)
+        both = peers.add(wanted)  # each process works on rows of its own
+        assert torch.equal(peers.own(gradient, 0), peers.own(both, 0))
 
 
 def test_pieces_with_a_part_of_each():

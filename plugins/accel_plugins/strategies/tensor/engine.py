@@ -42,8 +42,7 @@ class DividedModel:
         inputs = example_inputs(model, strategy.options.example, "strategies.tensor.example")
         with _own_kernels():
             self.draws = self._draws_random_numbers(inputs)
-            seen = Observation.joined(_from_all(observe(model, inputs, axis.size)))
-            self.decisions = Planner(model, seen, axis.size).decide(strategy.options.plan)
+            self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
             self._divide(inputs)
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
@@ -62,6 +61,15 @@ class DividedModel:
             if name not in found and next(module.parameters(recurse=False), None) is not None:
                 found[name] = Decision("replicate").describe(size)
         return found
+
+    def _observe(self, inputs: Inputs) -> Observation:
+        """What all processes saw; looked at again, where the first look tells that outputs are in pieces."""
+
+        def look(pieces: dict[str, int]) -> Observation:
+            return Observation.joined(_from_all(observe(self.model, inputs, self.peers.size, pieces)))
+
+        first = look({})
+        return first.again(look(first.pieces)) if first.pieces else first
 
     def _divide(self, inputs: Inputs) -> None:
         """Divide the model and compare; where it differs, leave out what does. Raises PrepareError if that fails."""
@@ -84,8 +92,7 @@ class DividedModel:
 
     def _differs(self, decisions: Decisions, inputs: Inputs, expected: check.Result) -> str:
         """How the model differs from the whole one if it is divided so; empty if it does not. Leaves it so."""
-        styles = {name: decision.style for name, decision in decisions.items()}
-        apply(self.model, styles, self.peers, self.device_mesh)
+        apply(self.model, {name: (d.style, d.pieces) for name, d in decisions.items()}, self.peers, self.device_mesh)
         try:
             fault = check.compare(check.run(self.model, inputs), expected)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:

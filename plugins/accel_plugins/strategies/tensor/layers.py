@@ -48,6 +48,7 @@ class Layer:
     _peers: Peers
     _mesh: DeviceMesh
     _own_forward: ClassVar[Any]
+    _pieces = 1
     divided_dims: ClassVar[Mapping[str, int]] = {}
     """The dim along which each parameter is divided, by name; others are held whole."""
 
@@ -106,9 +107,14 @@ class Column(Layer):
     def compute(self, x: Tensor) -> Tensor:
         peers = self._peers
         x = peers.copy_once(whole_of(x))
-        out = self.multiply(x, self.own("weight"), self.own("bias"))
-        result: Tensor = divide(out, Division(peers, out.dim() - 1))
+        out = self.multiply(x, self.dealt("weight"), self.dealt("bias"))
+        result: Tensor = divide(out, Division(peers, out.dim() - 1, self._pieces))
         return whole_of(result) if self.gathers else result
+
+    def dealt(self, name: str) -> Tensor | None:
+        """This process's part of a parameter: some rows, or some of each piece."""
+        part = self.own(name)
+        return part if part is None else self._peers.deal(part, self.divided_dims[name], self._pieces)
 
     @staticmethod
     def multiply(x: Tensor, weight: Any, bias: Any) -> Tensor:
@@ -212,8 +218,10 @@ STYLES: dict[str, tuple[type[Layer], type[Layer]]] = {
 """The mixin of each way to hold a layer, and that for a weight of [in, out]."""
 
 
-def apply(model: nn.Module, styles: Mapping[str, str], peers: Peers, mesh: DeviceMesh) -> None:
+def apply(model: nn.Module, styles: Mapping[str, tuple[str, int]], peers: Peers, mesh: DeviceMesh) -> None:
     """Divide the layers of a model as `styles` says, by name; replicate all others. Tied parameters stay tied.
+
+    Of each layer, `styles` has a key of `STYLES`, and the number of equal pieces of its outputs.
 
     Parameters become DTensors on `mesh`; those of a model that has been divided are first put together again.
     """
@@ -221,7 +229,9 @@ def apply(model: nn.Module, styles: Mapping[str, str], peers: Peers, mesh: Devic
     dims: dict[nn.Parameter, int] = {}
     for name, module in model.named_modules():
         restore_class(module)
-        mixins[module] = _mixin(module, styles.get(name, "replicate"))
+        style, pieces = styles.get(name, ("replicate", 1))
+        mixins[module] = _mixin(module, style)
+        module.__dict__["_pieces"] = pieces
         for key, dim in mixins[module].divided_dims.items():
             if (parameter := module._parameters.get(key)) is not None:
                 dims.setdefault(parameter, dim)
@@ -259,7 +269,7 @@ def restore_class(module: nn.Module) -> None:
     """Undo `adopt`; harmless to others."""
     if isinstance(module, Layer):
         module.__class__ = type(module).__bases__[1]
-        del module.__dict__["_peers"], module.__dict__["_mesh"]
+        del module.__dict__["_peers"], module.__dict__["_mesh"], module.__dict__["_pieces"]
 
 
 @functools.cache

@@ -38,6 +38,9 @@ class Observation:
     indivisible: dict[str, str] = field(default_factory=dict)
     """Layers whose output has something, such as heads, whose number does not divide; and what."""
 
+    pieces: dict[str, int] = field(default_factory=dict)
+    """Layers whose output could be divided if of each of so many equal pieces: query, key and value of one layer."""
+
     read_elsewhere: set[str] = field(default_factory=set)
     """Layers whose weight is used by other code than their own forward."""
 
@@ -56,16 +59,27 @@ class Observation:
                 whole.feeds[name] |= feeding
             whole.needed_whole = part.needed_whole | whole.needed_whole
             whole.indivisible = part.indivisible | whole.indivisible
+            whole.pieces = part.pieces | whole.pieces
             whole.read_elsewhere |= part.read_elsewhere
             whole.plain_inputs |= part.plain_inputs
             whole.called += [name for name in part.called if name not in whole.called]
         return whole
 
+    def again(self, second: Observation) -> Observation:
+        """What to make of a second look, with these pieces: they hold where they helped; reasons are the first's."""
+        second.pieces = {name: count for name, count in self.pieces.items() if name not in second.needed_whole}
+        second.indivisible = {name: why for name, why in self.indivisible.items() if name in second.needed_whole}
+        second.needed_whole = {name: self.needed_whole.get(name, why) for name, why in second.needed_whole.items()}
+        return second
 
-def observe(model: nn.Module, inputs: Inputs, size: int) -> Observation:
-    """Watch a forward pass on inputs on which the model runs; it is left as it was. `size` is that of the axis."""
+
+def observe(model: nn.Module, inputs: Inputs, size: int, pieces: Mapping[str, int]) -> Observation:
+    """Watch a forward pass on inputs on which the model runs; it is left as it was.
+
+    `size` is that of the axis, `pieces` the number of equal pieces in the outputs of some layers.
+    """
     observation = Observation()
-    watch = _Watch(model, Peers(size), observation)
+    watch = _Watch(model, Peers(size), observation, pieces)
     args, kwargs = inputs
     with tried_out(model), torch.no_grad(), watch:
         model.eval()
@@ -76,9 +90,9 @@ def observe(model: nn.Module, inputs: Inputs, size: int) -> Observation:
 class _Watch(TorchFunctionMode):
     """Hooks on the layers of a model, and an eye on who uses their weights."""
 
-    def __init__(self, model: nn.Module, peers: Peers, observation: Observation) -> None:
+    def __init__(self, model: nn.Module, peers: Peers, observation: Observation, pieces: Mapping[str, int]) -> None:
         super().__init__()
-        self.peers, self.seen = peers, observation
+        self.peers, self.seen, self.pieces = peers, observation, pieces
         peers.divided_whole = self.note
         self.layers = {m: n for n, m in model.named_modules() if is_linear(m) or is_table(m)}
         self.owners: Mapping[int, set[str]] = _owners(self.layers)
@@ -124,7 +138,7 @@ class _Watch(TorchFunctionMode):
         name = self.current.pop()
         if not is_linear(layer) or not isinstance(output, torch.Tensor):
             return None
-        return divide(output, Division(self.peers, output.dim() - 1, sources=frozenset({name})))
+        return divide(output, Division(self.peers, output.dim() - 1, self.pieces.get(name, 1), frozenset({name})))
 
     def note(self, sources: frozenset[str], reason: Undividable) -> None:
         """Something needs the whole of what comes from these layers."""
@@ -132,6 +146,8 @@ class _Watch(TorchFunctionMode):
             self.seen.needed_whole.setdefault(name, str(reason))
             if reason.indivisible:
                 self.seen.indivisible.setdefault(name, str(reason))
+            if reason.pieces > 1:
+                self.seen.pieces.setdefault(name, reason.pieces)
 
     def leave(self, output: Divided) -> Any:
         """The model returns something."""

@@ -36,10 +36,14 @@ class Decision:
 
     style: str
     why: str = ""
+    pieces: int = 1
+    """Equal pieces of a column layer's outputs, of each of which a process has its part."""
 
     def describe(self, size: int) -> str:
         """A line for people."""
         held = {"gathered": f"column over {size}, gathered", "replicate": "replicated"}
+        if self.pieces > 1:
+            held["column"] = f"column over {size}, in {self.pieces} pieces"
         return held.get(self.style, f"{self.style} over {size}") + (f" ({self.why})" if self.why else "")
 
 
@@ -61,7 +65,8 @@ class Planner:
         """All layers by name. Raises PrepareError for a plan that cannot be followed."""
         for pattern, style in plan.items():
             for name in self._matched(pattern):
-                self.decided[name] = Decision(self._checked(name, style), SETTING)
+                held = self._checked(name, style)
+                self.decided[name] = Decision(held, SETTING, self._pieces(name) if held == "column" else 1)
         self._decide_pairs()
         self._decide_vocabulary()
         self._decide_uncalled()
@@ -103,7 +108,7 @@ class Planner:
             if all(self._can("column", name) for name in columns):
                 source = "its own plan" if own.get(row) == "row" else "derived"
                 for name in columns:
-                    self.decided.setdefault(name, Decision("column", f"{source}: feeds {row}"))
+                    self.decided.setdefault(name, Decision("column", f"{source}: feeds {row}", self._pieces(name)))
                 self.decided.setdefault(row, Decision("row", f"{source}: fed by {', '.join(columns)}"))
 
     def _can(self, style: str, name: str) -> bool:
@@ -131,9 +136,10 @@ class Planner:
         """Layers that the example left out are held as those in their place in other blocks are."""
         for name in self.layers.keys() - set(self.called) - self.decided.keys():
             alike = {self.decided.get(other) for other in self.called if _kind(other) == _kind(name)}
-            styles = {decision.style for decision in alike if decision}
+            styles = {(decision.style, decision.pieces) for decision in alike if decision}
             if None not in alike and len(styles) == 1 and not self._sharing(name):
-                self.decided[name] = Decision(styles.pop(), f"derived: as {_kind(name)}")
+                style, pieces = styles.pop()
+                self.decided[name] = Decision(style, f"derived: as {_kind(name)}", pieces)
 
     def _why_not(self, name: str) -> str:
         """Why a layer is not divided."""
@@ -154,9 +160,11 @@ class Planner:
         if options:
             return f"is an embedding with {options[0]}, which needs all rows"
         size = layer.weight.shape[not is_transposed(layer)] if style == "row" else self._rows(name)
-        return (
-            f"has {size} {'inputs' if style == 'row' else 'outputs'}, which do not divide" if size % self.size else ""
-        )
+        parts = self.size * (self._pieces(name) if style == "column" else 1)
+        return f"has {size} {'inputs' if style == 'row' else 'outputs'}, which do not divide" if size % parts else ""
+
+    def _pieces(self, name: str) -> int:
+        return self.seen.pieces.get(name, 1)
 
     def _shared(self, name: str) -> str:
         """Why the weight of a layer must stay whole; empty if it need not."""

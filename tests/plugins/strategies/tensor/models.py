@@ -79,6 +79,19 @@ class FusedAttention(nn.Module):
         return self.o(y.transpose(1, 2).contiguous().view(b, t, d))
 
 
+class StackedAttention(FusedAttention):
+    """The same with one dim for query, key and value, as in many vision transformers."""
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, t, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+
+def stacked_gpt():
+    return GPT(attention=StackedAttention)
+
+
 def fused_gpt():
     return GPT(attention=FusedAttention)
 

@@ -10,6 +10,7 @@ from .training import deviations
 LIMIT = {"loss": 1e-6, "gradient": 1e-5, "norm": 1e-5, "weight": 1e-5}
 
 ATTENTION = {"attention.q": "column", "attention.o": "row"}
+FUSED = {"attention.qkv": "column over 2, in 3 pieces", "attention.o": "row"}
 FEED = {"up": "column", "down": "row"}
 VOCABULARY = {"embedding": "vocabulary", "head": "column"}
 TORCHS = {"linear1": "column", "linear2": "row", "out_proj": "replicated", **VOCABULARY}
@@ -18,7 +19,8 @@ OWN = [
     (models.GPT, {**ATTENTION, **FEED, **VOCABULARY, "norm1": "replicated"}),
     (models.tied_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
     (models.shared_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
-    (models.fused_gpt, {**FEED, **VOCABULARY, "qkv": "replicated (it is cut in 3 pieces"}),
+    (models.fused_gpt, {**FUSED, **FEED, **VOCABULARY}),
+    (models.stacked_gpt, {**FUSED, **FEED, **VOCABULARY}),
     (models.Choosy, {**ATTENTION, **FEED, **VOCABULARY}),
     (models.Encoder, TORCHS),
     (models.Seq2Seq, TORCHS),
@@ -28,7 +30,7 @@ OWN = [
 
 HUGGING_FACE = {
     "Bert": {"query": "column", "attention.output.dense": "row", "intermediate.dense": "column", "decoder": "column"},
-    "GPT2": {"c_fc": "column", "mlp.c_proj": "row", "wte": "vocabulary", "c_attn": "replicated (it is cut in 3"},
+    "GPT2": {"c_fc": "column", "mlp.c_proj": "row", "wte": "vocabulary", "c_attn": "column over 2, in 3"},
     "Llama": {"k_proj": "column over 2 (its own plan", "o_proj": "row", "gate_proj": "column", "embed_tokens": "vocab"},
     "Mixtral": {"k_proj": "column", "o_proj": "row", "experts": "replicated", "gate": "replicated"},
     "T5": {"EncDecAttention.k": "column", "SelfAttention.o": "row", "wi": "column", "lm_head": "column"},
@@ -61,10 +63,10 @@ def test_own_models_on_two_processes():
 
 
 def test_on_four_processes():
-    makes = [models.GPT, models.Encoder]
-    for results in run(4, all_of, [(make,) for make in makes], 4, timeout=110):
-        for found, make in zip(results, makes, strict=True):
-            check(found, dict(OWN)[make])
+    cases = [(models.GPT, ATTENTION), (models.Encoder, TORCHS), (models.fused_gpt, {"attention.qkv": "column over 4"})]
+    for results in run(4, all_of, [(make,) for make, _ in cases], 4, timeout=110):
+        for found, (_, said) in zip(results, cases, strict=True):
+            check(found, said)
 
 
 def test_hugging_face_models():
