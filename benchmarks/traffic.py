@@ -50,6 +50,10 @@ def _once(size: int, processes: int) -> float:
     return size * (processes - 1) / processes
 
 
+def _all(size: int, processes: int) -> float:
+    return size
+
+
 def _twice(size: int, processes: int) -> float:
     return 2 * _once(size, processes)
 
@@ -65,5 +69,6 @@ _COSTS: dict[str, Callable[[int, int], float]] = {
     "alltoall_base_": _once,
     "alltoall_": _once,
     "broadcast_": _once,
+    "send": _all,
 }
 """Bytes that one process sends, from those of the larger of its inputs and outputs and the number of processes."""

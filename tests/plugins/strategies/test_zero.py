@@ -155,13 +155,13 @@ def wire(strategy, accumulation=1):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(("stage", "gathers"), [("zero1", 1), ("zero2", 1), ("zero3", 2)])
 def test_a_step_sends_what_the_arithmetic_says(stage, gathers, size, accumulation):
-    """Gradients are reduce-scattered once a step. Zero3 gathers each block twice a micro-batch, zero2 once, zero1
-    once a step."""
+    """Gradients are reduced once a step. Zero3 gathers each block twice a micro-batch and the rest once; zero2 gathers
+    all once; zero1 once a step."""
     sent, calls = run(size, wire, {stage: {"minimum_size": 0}}, accumulation)[0]
     forwards = 1 if stage == "zero1" else accumulation
-    assert calls["alltoall"] == 4
-    assert calls["allgather"] == forwards * (1 + 3 * gathers)
-    assert sent <= 1.02 * (1 + gathers * forwards)
+    rest = 0.093 if stage == "zero3" else 0  # of the model's parameters
+    assert sent == pytest.approx(1 + forwards * (gathers - rest), rel=0.02)
+    assert not {"alltoall", "allgather", "reduce_scatter"} & set(calls)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -173,18 +173,17 @@ def test_bytes_beside_ddp(size):
 
 
 def test_sharded_accumulation_reduces_every_micro_batch():
-    _, calls = run(2, wire, {"zero2": {"minimum_size": 0, "accumulate": "sharded"}}, 3)[0]
-    assert calls["alltoall"] == 3 * 4
+    sent, _ = run(2, wire, {"zero2": {"minimum_size": 0, "accumulate": "sharded"}}, 3)[0]
+    assert sent == pytest.approx(3 * 2, rel=0.02)
 
 
 def test_replicas_send_less_between_them():
     _, calls = run(4, wire, {"zero3": {"minimum_size": 0, "replicas": 2}})[0]
-    assert calls["alltoall"] == 4
     assert calls["allreduce"] == 4 + 1  # and what the processes agree on before backward
 
 
 def narrow(strategy):
-    """The bytes gathered in a bf16 step, and the weights after three."""
+    """The bytes gathered by a bf16 forward, and the weights after three."""
     bf16 = {"mixed_precision": "bf16"}
     accelerator = accelerator_for(*strategy, **bf16) if strategy else Accelerator(device="cpu", **bf16)
     model = make(width=64, tied=False)
@@ -192,10 +191,11 @@ def narrow(strategy):
     for step in range(3):
         x = tokens(step, 4).chunk(2)[accelerator.process_index]
         with Wire(2) as sent:
-            accelerator.backward(loss_of(model(x), x))
+            loss = loss_of(model(x), x)
+        accelerator.backward(loss)
         optimizer.step(), optimizer.zero_grad()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    return sent.bytes.get("allgather", 0), accelerator.get_state_dict(model)
+    return sent.bytes.get("send", 0), accelerator.get_state_dict(model)
 
 
 @stages

@@ -1,55 +1,56 @@
-"""Memory that the collectives of ZeRO use again, and the order in which torch asks for it."""
+"""What the processes of a divided model send each other directly, beside the same by torch's own collectives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from accel_plugins.strategies.zero.comm import _LOT_BYTES, AllToAllReduceScatter, Scratch
+import torch.distributed as dist
+from accel_plugins.strategies.zero import comm
+from accel_plugins.strategies.zero.comm import Peers
 
-CPU = torch.device("cpu")
+from accel import Accelerator
+from accel.testing import run
 
-
-def place(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def test_memory_is_used_again() -> None:
-    scratch = Scratch()
-    first = scratch.take(100, torch.float32, CPU)
-    where = place(first)
-    del first
-    again = scratch.take(40, torch.float64, CPU)
-    assert place(again) == where and again.shape == (40,) and again.dtype == torch.float64
+LENGTHS = [1, 2, 7, 64, 1000]
+"""Numbers in a tensor: fewer than processes, uneven, and more than are received at once."""
 
 
-@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[3:7], lambda t: t.view(2, 50)[1], lambda t: t.detach()])
-def test_never_while_it_is_referred_to(view: object) -> None:
-    scratch = Scratch()
-    kept = view(scratch.take(100, torch.float32, CPU))  # type: ignore[operator]
-    kept.fill_(1)
-    scratch.take(100, torch.float32, CPU).fill_(2)
-    assert kept.eq(1).all()
+def random(*key, count, dtype):
+    return torch.randn(count, generator=torch.Generator().manual_seed(hash(key) % 1000)).to(dtype)
 
 
-def test_larger_memory_takes_the_place_of_smaller() -> None:
-    scratch = Scratch()
-    for count in (10, 1000, 100_000):
-        assert scratch.take(count, torch.float32, CPU).shape == (count,)
-    assert [storage.nbytes() for storage in scratch._held] == [400_000]
+def exchanged(dtype, lot):
+    """Reduces and gathers tensors of all lengths; returns what differs from sums made here, and means over ranks."""
+    Accelerator(device="cpu", strategies="ddp")
+    comm._LOT_BYTES = lot
+    peers = Peers(dist.group.WORLD, torch.device("cpu"))
+    rank, size = peers.rank, peers.size
+    means, gathered = [], []
+    for count in LENGTHS:
+        length = -(-count // size)
+        own = max(min(count - rank * length, length), 0)
+        means.append(torch.full((own,), float("nan")))
+        peers.reduce(means[-1], random(count, rank, count=count, dtype=dtype), length)
+    peers.finish()
+    for count in LENGTHS:
+        gathered.append(torch.full((size * count,), float("nan"), dtype=dtype))
+        for work in peers.gather(gathered[-1], random(count, rank, count=count, dtype=dtype)):
+            work.wait()
+    return means, gathered
 
 
-def test_large_memory_is_not_kept() -> None:
-    scratch = Scratch()
-    scratch.take(_LOT_BYTES // 4 + 1, torch.float32, CPU)
-    assert scratch._held == []
-
-
-def test_gradients_stay_in_memory_of_their_own() -> None:
-    scratch = Scratch()
-    scatter = AllToAllReduceScatter(scratch, shards=2)
-    sent = scatter.allocate((100,), dtype=torch.float32, device=CPU)
-    gradient = scatter.allocate((50,), dtype=torch.float32, device=CPU)
-    assert place(gradient) not in [storage.data_ptr() for storage in scratch._held]
-    where = place(sent)
-    del sent
-    assert place(scatter.allocate((100,), dtype=torch.float32, device=CPU)) == where
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lot", [512, 8 << 20])
+def test_means_and_wholes(size, dtype, lot):
+    """Means are computed in float32, whatever was sent, and in the order of the ranks: the same to the last bit."""
+    results = run(size, exchanged, dtype, lot)
+    for place, count in enumerate(LENGTHS):
+        wholes = [random(count, rank, count=count, dtype=dtype) for rank in range(size)]
+        mean = wholes[0].float()
+        for whole in wholes[1:]:
+            mean = mean + whole
+        found = torch.cat([means[place] for means, _ in results])
+        assert found.equal(mean / size), count
+        for _, gathered in results:
+            assert gathered[place].equal(torch.cat(wholes)), count

@@ -102,6 +102,8 @@ class Wire(TorchDispatchMode):
             "alltoall": part,
             "broadcast": 1,
             "reduce_scatter": 2 * part,
+            "send": 1,
+            "recv": 0,
         }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

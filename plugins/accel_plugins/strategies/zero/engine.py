@@ -51,6 +51,7 @@ class ShardedModel:
         give_memory(model, strategy.device if self.options.offload == "none" else torch.device("cpu"))
         self.groups = Groups(model, scalars, self._gather_dtype)
         strategy.known |= {id(parameter): parameter for parameter in model.parameters()}
+        improve_collectives(self.groups.all, strategy.device)
         gathers = strategy.reshards_after_forward
         self.exchange = Exchange(self.groups, strategy.mesh.group, self.options.find_unused_parameters, gathers)
         entries = Entries(model, blocks, self.groups)
@@ -162,8 +163,6 @@ class ShardedModel:
         fully_shard(self.model, reshard_after_forward=False, **policy)
         self._prefetch(blocks)
         divided = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        axis = self.strategy.mesh
-        improve_collectives(divided, axis.group, self.strategy.device, axis.size // self.options.replicas)
         for module in divided:
             _keep_name(type(module))
         self.strategy.known |= before

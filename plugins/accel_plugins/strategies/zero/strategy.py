@@ -39,7 +39,9 @@ class Zero(Strategy):
         """Found blocks with fewer parameters than this are handled together with the rest of the model."""
 
         prefetch: int = setting(0, minimum=0)
-        """Blocks to gather ahead of the one that computes; 0 leaves it to torch: one in backward, none in forward."""
+        """Blocks to gather ahead of the one that computes; 0 leaves it to torch: one in backward, none in forward.
+
+        Over gloo, 0 gathers none ahead."""
 
         reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         """The type in which gradients are averaged over the processes."""
