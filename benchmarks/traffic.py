@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sent = 0.0
+        self.among: Counter[int] = Counter()
+        """The same, by the number of processes that took part."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -31,7 +34,10 @@ class Traffic(TorchDispatchMode):
     def _count(self, name: str, arguments: tuple[Any, ...]) -> None:
         if (cost := _COSTS.get(name)) is not None:
             groups = [argument for argument in arguments if hasattr(argument, "_type")]
-            self.sent += cost(max(map(_size, arguments)), _processes(groups[0]))
+            processes = _processes(groups[0])
+            bytes_sent = cost(max(map(_size, arguments)), processes)
+            self.sent += bytes_sent
+            self.among[processes] += bytes_sent
 
 
 def _size(argument: Any) -> int:
