@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ class StagedModel:
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
         self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)
         self._let_go()
-        model.forward = self.forward
+        model.forward = functools.wraps(self.own_forward)(lambda *args, **kwargs: self.forward(*args, **kwargs))
         self.peak = 0
         """Most micro-batches whose graph this process has held at once."""
 

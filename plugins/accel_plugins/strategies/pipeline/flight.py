@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from accel.errors import PrepareError
-from accel.runtime.nested import tensors
+from accel.runtime.divided.tensor import whole_of
+from accel.runtime.nested import map_tensors, tensors
 
 from .absent import Absent
 from .batches import Batch, merge, separate
@@ -133,7 +134,7 @@ class Flight:
             self._tail = Pass(self.model, stages, batch.skeleton, batch.values(None), batch.learning(), self._merged)
             if self.learns and not self._keeps:
                 torch.clear_autocast_cache()  # of casts that were made without a graph
-            output = self._tail.run(self.learns)
+            output = map_tensors(whole_of, self._tail.run(self.learns))
             self._check_present(output)
         except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
             self._fail(error, "the last stage")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import PrepareError
+from accel.runtime.divided.tensor import whole_of
 from accel.runtime.nested import tensors as tensors_in
 
 from .absent import Absent, AbsentParameter, absent
@@ -162,6 +163,7 @@ class Run:
 
     def _keep(self, result: Result, tensor: Tensor) -> None:
         """Keep a result for later stages; as it is now, where it is known to be changed between parts."""
+        tensor = whole_of(tensor)
         if result in self.split.changed and result in self._wanted:
             tensor = tensor.clone()
         self._kept[result] = _Kept(tensor, _version(tensor))

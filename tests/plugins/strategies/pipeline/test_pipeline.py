@@ -106,6 +106,12 @@ def test_beside_a_strategy_on_the_data_axis(other):
     assert_close(run(4, train_cases, ["gpt", "shared"], references(), options, others, timeout=100))
 
 
+@pytest.mark.parametrize(("n", "others"), [(4, {}), (8, {"zero3": {"minimum_size": 0}})])
+def test_beside_divided_layers_and_in_three_dimensions(n, others):
+    others = {"tensor": {"size": 2, **CASES["gpt"].options}, **others}
+    assert_close(run(n, train_cases, ["gpt"], references(), {"size": 2, "micro_batches": 2}, others, timeout=100))
+
+
 def test_uneven_micro_batches():
     assert_close(run(2, train_cases, ["gpt", "skips"], references(5), {"micro_batches": 3}, None, 5))
     assert_close(run(2, train_cases, ["gpt"], references(1), {"micro_batches": 3}, None, 1))
