@@ -91,9 +91,7 @@ def _find_blocks(model: nn.Module, strategy: Pipeline, args: Any, kwargs: Any) -
         for name in named:
             blocks.append(_named(model, name))
     if len(blocks) < strategy.mesh.size and named == "auto":
-        blocks = _called_repeatedly(model, args, kwargs) or blocks
-    if len(blocks) < strategy.mesh.size and named == "auto":
-        blocks = []
+        blocks = _called_repeatedly(model, args, kwargs)  # none: then every part is a block
     return blocks
 
 

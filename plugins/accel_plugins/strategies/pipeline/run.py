@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accel.errors import PrepareError
 from accel.runtime.divided.tensor import whole_of
@@ -88,7 +88,7 @@ class Run:
             return self._compute(part, ordinal, forward, args, kwargs)
         if self.stage == self.split.stages:
             return self._replay_at_end(part, ordinal, forward, args, kwargs)
-        return self._replay(part, ordinal)
+        return _heard(self._replay(part, ordinal), forward.__self__, args, kwargs)  # type: ignore[attr-defined]
 
     def results(self) -> tuple[list[Called], list[Tensor]]:
         """All calls so far, and the tensors that later stages need of them, each once."""
@@ -142,7 +142,7 @@ class Run:
         """What micro-batches made of a part; where not all of them came to it, it is computed for the whole batch."""
         known = next((c for c in self.message.calls if (c.part, c.ordinal) == (part, ordinal)), None)
         if known is not None and known.everywhere:
-            return self._result(known)
+            return _heard(self._result(known), forward.__self__, args, kwargs)
         given = [tensor for _, tensor in tensors_in((args, kwargs))]
         held = not any(isinstance(parameter, AbsentParameter) for parameter in forward.__self__.parameters())
         if held and not any(isinstance(tensor, Absent) for tensor in given):
@@ -206,6 +206,18 @@ class Run:
             f"pipeline: stage {self.stage} comes to {part} where an earlier stage came to {expected}; the model's own "
             "forward must go the same way on all stages, and may not depend on Python's or numpy's random numbers"
         )
+
+
+def _heard(output: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a part returned elsewhere, after the user's hooks have heard of it, as those that collect hidden states."""
+    for key, hook in list(module._forward_hooks.items()):
+        origin = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+        if origin.startswith(("torch.distributed", "accel")):  # they serve those who compute
+            continue
+        named = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+        changed = hook(module, args, *named, output)
+        output = output if changed is None else changed
+    return output
 
 
 def _version(tensor: Tensor) -> int:
