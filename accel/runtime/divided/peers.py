@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 
@@ -105,6 +106,7 @@ class _Copy(torch.autograd.Function):
         return whole.view_as(whole)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         total = gradient.clone(memory_format=torch.contiguous_format)  # the gradient may be another's too
         dist.all_reduce(total, group=ctx.group)
@@ -121,6 +123,7 @@ class _Add(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, None
 
@@ -138,6 +141,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.peers.own(gradient, ctx.dim, ctx.outer).contiguous(), None, None, None
 
@@ -155,6 +159,7 @@ class _Deal(torch.autograd.Function):
         return dealt.flatten(0, 1).movedim(0, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         order, sends, comes = _blocks(ctx.outer, ctx.peers)
         rows = gradient.movedim(ctx.dim, 0).unflatten(0, (ctx.outer, -1)).contiguous()  # type: ignore[no-untyped-call]

@@ -48,12 +48,19 @@ class Divided(Tensor):
 
         call = Call(function, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradOther):
-                return call.run()  # below autograd, in a mode that looks on: this is the part's
+            if _looks_on(function):
+                return call.run()
             try:
                 return rule_of(call.name)(call)
             except Undividable as error:
                 return _on_whole(call, error)
+
+
+def _looks_on(function: Any) -> bool:
+    """Whether this is a dispatch mode passing on an operation below autograd: one on the part already."""
+    snapshot = torch._C.DispatchKey.PythonTLSSnapshot  # of all keys, modes alone exclude this one
+    below = torch._C._dispatch_tls_is_dispatch_key_excluded(snapshot)
+    return below and isinstance(function, torch._ops.OpOverload)
 
 
 class Call:

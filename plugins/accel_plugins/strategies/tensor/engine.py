@@ -46,10 +46,17 @@ class DividedModel:
             self._divide(inputs)
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
+        self._modules = dict(model.named_modules())
         self._agree_on_random_numbers()
 
     def before_forward(self) -> None:
-        """Let replicated activations draw the same dropout masks."""
+        """Let replicated activations draw the same dropout masks. Raises PrepareError for what was compiled since."""
+        for name, module in self._modules.items():
+            if module._compiled_call_impl is not None:
+                raise PrepareError(
+                    f"tensor: {name or 'the model'!r} is compiled, and layers that are divided cannot be: "
+                    "torch.compile does not follow tensors that look whole; leave compile out"
+                )
         if self.draws and self.model.training:
             self._agree_on_random_numbers()
 

@@ -1,11 +1,12 @@
 """Losses, gathered gradients and weights after five AdamW steps are those of plain torch on one process."""
 
 import pytest
+import torch
 
 from accel.testing import run
 
 from . import models
-from .training import deviations
+from .training import accelerator_for, deviations, make_of_seed
 
 LIMIT = {"loss": 1e-6, "gradient": 1e-5, "norm": 1e-5, "weight": 1e-5}
 
@@ -69,10 +70,24 @@ def test_on_four_processes():
             check(found, said)
 
 
+def all_of_hugging_face():
+    """Parity, and whether what a model writes, greedily and by beams, is what one process writes."""
+    found = all_of([(models.hugging_face, kind) for kind in HUGGING_FACE], 2, 3)
+    written = []
+    for kind in ("Llama", "T5"):
+        reference, model = (make_of_seed(models.hugging_face, 0, kind) for _ in range(2))
+        accelerator_for(2, tensor(2)).prepare(model)
+        for options in ({}, {"num_beams": 2}):
+            options |= {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones(2, models.LENGTH)}
+            expected, got = (m.eval().generate(models.tokens(1, 2), **options) for m in (reference, model))
+            written.append(torch.equal(got, expected))
+    return found, written
+
+
 def test_hugging_face_models():
     pytest.importorskip("transformers")
-    cases = [(models.hugging_face, kind) for kind in HUGGING_FACE]
-    for results in run(2, all_of, cases, 2, 3, timeout=110):
+    for results, written in run(2, all_of_hugging_face, timeout=110):
+        assert all(written)
         for found, said in zip(results, HUGGING_FACE.values(), strict=True):
             check(found, said)
 

@@ -75,6 +75,8 @@ def evaluate():
     accelerator, model = prepared(models.Encoder)
     model.eval()
     x = models.tokens(3)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-6)
         hidden = model.encoder(model.embedding(x))
@@ -91,6 +93,24 @@ def evaluate():
 
 def test_evaluation_parts_and_states():
     run(2, evaluate)
+
+
+def infer():
+    """Where torch leaves autograd out altogether."""
+    _, model = prepared(models.fused_gpt)
+    reference = make_of_seed(models.fused_gpt, 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(models.tokens(3)), reference(models.tokens(3)), rtol=1e-5, atol=1e-6)
+    [gradient] = torch.autograd.grad(models.loss_of(model, 0), model.norm.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+    model.blocks[1].compile(backend="eager")
+    with pytest.raises(PrepareError, match=r"'blocks\.1' is compiled, and layers that are divided cannot be"):
+        model(models.tokens(3))
+
+
+def test_inference_mode_gradients_of_gradients_and_compiled_blocks():
+    run(2, infer)
 
 
 class Dropouts(models.GPT):
