@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from ..errors import CheckpointError
 from .files import flush_folder, naming
+from .manifest import read_manifest
+
+SHARDS = r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+OURS = re.compile(rf"(model|optimizer|state)(_\d+)?{SHARDS}|state\.json|manifest\.json")
+"""Names of the files of checkpoints, also of older ones: none of them may stand beside a newer checkpoint's."""
 
 
 def aside(folder: Path) -> Path:
@@ -21,6 +29,8 @@ def older(folder: Path) -> Path:
 
 def open_aside(folder: Path) -> None:
     """Begin a folder, without what a killed attempt may have left of it. Raises CheckpointError."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: cannot be written: there is a file of this name")
     with naming(aside(folder), "written"):
         if aside(folder).exists():
             shutil.rmtree(aside(folder))
@@ -30,11 +40,14 @@ def open_aside(folder: Path) -> None:
 def commit(folder: Path) -> None:
     """Give the finished folder its name. Raises CheckpointError, and then the one that had the name still has it.
 
-    If killed between the two renames of a replacement, the old one is found under its second name.
+    If killed between the two renames of a replacement, the old one is found under its second name. What others have
+    put into the old one is also in the new one.
     """
     with naming(folder, "written"):
-        flush_folder(aside(folder))
         replaces = folder.exists()
+        if replaces:
+            _keep_others(folder)
+        flush_folder(aside(folder))
         if replaces:
             shutil.rmtree(older(folder), ignore_errors=True)
             folder.rename(older(folder))
@@ -48,6 +61,18 @@ def commit(folder: Path) -> None:
     shutil.rmtree(older(folder), ignore_errors=True)
 
 
+def _keep_others(folder: Path) -> None:
+    """Give files that are no part of the old checkpoint a second name in the new one, which costs no copy."""
+    top, known = os.fspath(folder), set(os.listdir(aside(folder)))
+    with suppress(CheckpointError):  # of a folder without a manifest, names must do
+        known.update(read_manifest(folder).sizes)
+
+    def ours(path: str, names: list[str]) -> set[str]:
+        return {name for name in names if name in known or OURS.fullmatch(name)} if path == top else set()
+
+    shutil.copytree(top, aside(folder), symlinks=True, ignore=ours, copy_function=os.link, dirs_exist_ok=True)
+
+
 def commit_files(folder: Path, made: Path, group: str) -> None:
     """Move the finished files of one group into a folder that may hold others, over those of before.
 
@@ -59,9 +84,7 @@ def commit_files(folder: Path, made: Path, group: str) -> None:
             path.rename(folder / path.name)
         names = {path.name for path in new}
         for path in folder.glob(f"{group}*.safetensors*"):
-            if path.name not in names and re.fullmatch(
-                rf"{group}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name
-            ):
+            if path.name not in names and re.fullmatch(rf"{group}{SHARDS}", path.name):
                 path.unlink()
         aside(made).rmdir()
         flush_folder(folder)

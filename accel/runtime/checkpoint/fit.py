@@ -8,8 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ... import storage
 from ...errors import CheckpointError
 from ...interfaces import Place
+from ...storage import Manifest
 
 FOREIGN = {
     ".metadata": "torch's distributed checkpoint; read it with torch.distributed.checkpoint into an unprepared model",
@@ -21,16 +23,21 @@ FOREIGN = {
 """Files by which folders of other libraries are known, and what to do with them."""
 
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Files by which folders of weights are known."""
+
+
 @dataclass
 class Differences:
-    """Keys that are here and not in the folder, those in the folder and not here, and shapes that differ."""
+    """Keys that are here and not in the folder, those in the folder and not here, shapes and kinds that differ."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
+        return bool(self.missing or self.unexpected or self.shapes or self.kinds)
 
     @property
     def untouched(self) -> list[str]:
@@ -40,6 +47,7 @@ class Differences:
     def describe(self) -> str:
         """All of it in a sentence."""
         parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": self.shapes}
+        parts["other kinds"] = self.kinds
         return "; ".join(f"{title}: {_some(names)}" for title, names in parts.items() if names)
 
     def advice(self) -> str:
@@ -75,6 +83,17 @@ def foreign(folder: Path) -> str:
     """What a folder seems to be if another library wrote it; empty if nothing is known."""
     names = set(os.listdir(folder)) if folder.is_dir() else set()
     return next((f"this looks like {what}" for name, what in FOREIGN.items() if name in names), "")
+
+
+def complete(folder: Path) -> Manifest:
+    """The manifest of a complete checkpoint; an error says what the folder may be instead. Raises CheckpointError."""
+    try:
+        return storage.complete(folder)
+    except CheckpointError as error:
+        hint = foreign(folder)
+        if not hint and any((folder / name).exists() for name in WEIGHTS) and not (folder / "state.json").exists():
+            hint = "it holds weights alone, which load_model() reads"
+        raise CheckpointError(f"{error}; {hint}") if hint else error from None
 
 
 def check_counts(folder: Path, saved: Mapping[str, int], here: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ from ..random import load_generator_states
 from ..scheduler import SchedulerPart
 from .contents import SMALL, State, group_of, parameter_names
 from .exchange import Exchange
-from .fit import Differences, check_counts, foreign
+from .fit import Differences, check_counts, complete, foreign
 from .model import Load, load_extra, plan_model
 from .optimizer import plan_optimizer
 from .pickled import check_pickles
@@ -85,7 +85,7 @@ def _open(folder: Path, exchange: Exchange, first: Callable[[Range], bool]) -> M
 
     All ranks, each a share. Raises DamagedError.
     """
-    manifest = exchange.from_main(lambda: storage.complete(folder), DamagedError)
+    manifest = exchange.from_main(lambda: complete(folder), DamagedError)
     heads = Manifest(manifest.sizes, [r for r in manifest.ranges if first(r)])
     world = exchange.world
     found = exchange.together(lambda: list(islice(heads.problems(folder, world.rank, world.size), 1)), DamagedError)

@@ -39,7 +39,9 @@ def plan_optimizer(
         missing=[name for name in names if name not in saved], unexpected=sorted(saved - set(names))
     )
     kind = type(optimizer).__name__
-    if values["class"] != kind and strict:
+    if values["class"] != kind:
+        if not strict:
+            return lambda: None, Differences(kinds=[f"{values['class']}, here {kind}"])
         raise CheckpointError(
             f"{folder}: holds the state of {values['class']}, here is {kind}; prepare the same optimizer"
         )

@@ -244,3 +244,30 @@ def test_a_replacement_killed_between_its_renames(tmp_path: Path) -> None:
     train(accelerator, net, optimizer)
     accelerator.load_state(tmp_path / "c")
     assert equal(whole(net, optimizer, accelerator), before)
+
+
+def test_what_others_keep_in_the_folder_stays(tmp_path: Path) -> None:
+    """Whether it was there before the first checkpoint or was put into one."""
+    accelerator, _, _ = prepared({})
+    folder = tmp_path / "c"
+    (folder / "notes").mkdir(parents=True)
+    (folder / "notes" / "day").write_text("one")
+    (folder / "link").symlink_to("notes/day")
+    accelerator.save_state(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model_2-00001-of-00002.safetensors").write_text("of an older checkpoint")
+    accelerator.save_state(folder)
+    accelerator.save_state(folder, blocking=False)
+    accelerator.load_state(folder)
+    assert (folder / "notes" / "day").read_text() == (folder / "link").read_text() == "one"
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert not (folder / "model_2-00001-of-00002.safetensors").exists()
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
+    accelerator, _, _ = prepared({})
+    (tmp_path / "c").write_text("mine")
+    with pytest.raises(CheckpointError, match="c: cannot be written: there is a file of this name"):
+        accelerator.save_state(tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "mine"

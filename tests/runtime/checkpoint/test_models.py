@@ -112,6 +112,16 @@ def test_folders_of_others(tmp_path: Path, file: str, message: str) -> None:
     accelerator = Accelerator()
     with pytest.raises(CheckpointError, match=message):
         accelerator.load_model(accelerator.prepare(nn.Linear(1, 1)), tmp_path)
+    if file != "notes.txt":
+        with pytest.raises(CheckpointError, match=f"not a complete checkpoint: .*{message}"):
+            accelerator.load_state(tmp_path)
+
+
+def test_a_folder_of_weights_is_no_checkpoint(tmp_path: Path) -> None:
+    accelerator, net, _ = prepared({})
+    accelerator.save_model(net, tmp_path)
+    with pytest.raises(CheckpointError, match="it holds weights alone, which load_model"):
+        accelerator.load_state(tmp_path)
 
 
 @pytest.mark.parametrize("size", ["", "5XB", "0", "-1", 0])
@@ -135,6 +145,11 @@ def test_optimizers_that_do_not_fit(tmp_path: Path) -> None:
     other, _, _ = fresh(lambda model: torch.optim.SGD(model.parameters(), lr=1.0))
     with pytest.raises(CheckpointError, match="holds the state of AdamW, here is SGD"):
         other.load_state(tmp_path / "c")
+    other, model, some = fresh(lambda model: torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.warns(UserWarning, match="optimizer: other kinds: AdamW, here SGD"):
+        other.load_state(tmp_path / "c", strict=False)
+    assert some.param_groups[0]["lr"] == 1.0
+    train(other, model, some)
     other, model, some = fresh(lambda model: torch.optim.AdamW(model.head.parameters(), lr=1.0))
     with pytest.warns(UserWarning, match="optimizer: unexpected: first.bias"):
         other.load_state(tmp_path / "c", strict=False)
