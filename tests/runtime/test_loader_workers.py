@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -108,6 +109,50 @@ def test_augmentation_in_workers_differs_per_rank_and_is_reproducible() -> None:
     torch.manual_seed(1), random.seed(1)
     assert noise() == first
     assert len({value for rank in first for values in rank for value in values}) == 8
+
+
+class Augmented(Numbers):
+    """Draws from every generator, as many numbers as chance has it."""
+
+    def __getitem__(self, index: int) -> Any:
+        drawn = [random.random() for _ in range(random.randrange(3))]
+        return [index, *drawn, float(numpy.random.rand()), float(torch.rand(()))]
+
+
+class AugmentedInBulk(Augmented):
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("kind", [Augmented, AugmentedInBulk])
+def test_augmentation_in_workers_goes_on_where_it_was(kind: type[Numbers]) -> None:
+    """After a resume, in workers that have read nothing, and by sample on other numbers of workers and processes."""
+
+    def loaders(size: int, workers: int) -> list[PreparedLoader]:
+        def make() -> DataLoader[Any]:
+            return DataLoader(kind(24), 12 // size, shuffle=True, num_workers=workers, collate_fn=list)
+
+        return prepared(make, size)
+
+    def read(size: int, workers: int, state: dict[str, Any] | None = None) -> list[Any]:
+        parts = []
+        for loader in loaders(size, workers):
+            if state:
+                loader.load_state_dict(state)
+            parts.append(list(loader))
+        return [sample for batches in zip(*parts, strict=True) for batch in batches for sample in batch]
+
+    whole = read(1, 1)
+    assert len({tuple(sample[1:]) for sample in whole}) == 24
+    [loader] = loaders(1, 1)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    del iterator
+    assert read(1, 1, state) == whole[12:]
+    if kind is Augmented:
+        assert read(2, 2) == whole
+        assert read(2, 1, state) == whole[12:]
 
 
 def test_the_users_options_reach_the_workers() -> None:

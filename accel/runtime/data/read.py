@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_in
 
 from ...errors import PrepareError
 from .order import Order, apart, mix, set_epoch
+from .seeded import seeded
 from .share import Cut, Share, block_of, look_ahead, shared
 
 Blocks: TypeAlias = list[list[Any] | None]
@@ -73,14 +75,14 @@ class MapReader:
         self._dataset = loader.dataset
         self._order = order
         self._reading = reading
-        self._indices = _Indices(order.cut.single)
+        self._indices = _Indices(order.cut.single, seeded=loader.num_workers > 0)
         self._random = torch.Generator()
         whole = {"batch_size": None, "sampler": self._indices}
         sampling = whole if loader.batch_sampler is None else {"batch_sampler": self._indices}
         self._inner: DataLoader[Any] = DataLoader(
-            loader.dataset,
+            seeded(loader.dataset) if loader.num_workers else loader.dataset,
             collate_fn=loader.collate_fn,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=_WorkerInit(loader.worker_init_fn) if loader.num_workers else None,
             generator=self._random,
             **sampling,
             **_options(loader, reading.pin),
@@ -90,7 +92,8 @@ class MapReader:
         """The batches of an epoch in order; an IndexError of the dataset gets a note that says what was promised."""
         set_epoch(self._dataset, start.epoch)
         self._random.manual_seed(mix(start.seed, start.epoch, *self._reading.places))
-        queue = self._indices.begin(look_ahead(self._plan(start), self._reading.steps))
+        plan = look_ahead(self._plan(start), self._reading.steps)
+        queue = self._indices.begin(plan, partial(mix, start.seed, start.epoch), self._reading.places)
         batches = iter(self._inner)
         while (first := self._fetch(batches)) is not END:
             share, blocks = queue.popleft()
@@ -122,22 +125,34 @@ class MapReader:
 
 
 class _Indices(Sampler[Any]):
-    """The inner loader's sampler: the planned indices, while the rest of the plan waits in a queue for the batches."""
+    """The inner loader's sampler: the planned indices, while the rest of the plan waits in a queue for the batches.
 
-    def __init__(self, single: bool) -> None:
-        self._single = single
+    Where workers read, each index comes with a seed that is a function of its place in the epoch.
+    """
 
-    def begin(self, plan: Iterator[tuple[Share, Blocks]]) -> deque[tuple[Share, Blocks]]:
+    def __init__(self, single: bool, seeded: bool) -> None:
+        self._single, self._seeded = single, seeded
+
+    def begin(
+        self, plan: Iterator[tuple[Share, Blocks]], seed: Callable[[int], int], places: Sequence[int]
+    ) -> deque[tuple[Share, Blocks]]:
         """Take the plan of the next iteration; what is returned fills as the inner loader asks for indices."""
-        self._plan, self._queue = plan, deque[tuple[Share, Blocks]]()
+        self._plan, self._seed, self._places = plan, seed, places
+        self._queue = deque[tuple[Share, Blocks]]()
         return self._queue
 
     def __iter__(self) -> Iterator[Any]:
         queue = self._queue
         for share, blocks in self._plan:
             queue.append((share, blocks))
-            for block in filter(None, blocks):
-                yield block[0] if self._single else block
+            for place, block in zip(self._places, blocks, strict=True):
+                if block is not None:
+                    items = self._with_seeds(share, place, block) if self._seeded else block
+                    yield items[0] if self._single else items
+
+    def _with_seeds(self, share: Share, place: int, block: list[Any]) -> list[tuple[int, Any]]:
+        first = share.end - sum(share.counts[place:])
+        return [(self._seed(number), index) for number, index in enumerate(block, first)]
 
 
 class IterableReader:
