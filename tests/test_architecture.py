@@ -235,6 +235,7 @@ def import_each_alone(names: list[str]) -> dict[str, str]:
     return wrong
 
 
+@pytest.mark.timeout(300)
 def test_every_module_imports_alone_without_a_warning() -> None:
     names = [module for module in modules() if not module.endswith("__main__")]
     assert run(1, import_each_alone, names, timeout=110) == [{}]
