@@ -61,7 +61,7 @@ class Batch:
     """The arguments of one forward call, whole and in micro-batches of nearly equal size."""
 
     def __init__(self, forward: Callable[..., Any], args: Any, kwargs: Any, layout: Layout, count: int) -> None:
-        _refuse_caches(args, kwargs)
+        _refuse_divided(args, kwargs)
         named = named_tensors(forward, args, kwargs)
         paths = {id(tensor): path for path, tensor in named}
         self.samples = layout.sizes(named)
@@ -190,7 +190,11 @@ def _whole_shape(leaf: Leaf, same: Sequence[Leaf | None], dim: int | None, sizes
     return (*leaf.shape[:dim], each_sample * samples, *leaf.shape[dim + 1 :])
 
 
-def _refuse_caches(args: Any, kwargs: Mapping[str, Any]) -> None:
+def _refuse_divided(args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what would be in parts on several stages: what grows with each call, or is collected inside blocks."""
+    for name in ("output_attentions", "output_router_logits"):
+        if kwargs.get(name):
+            raise PrepareError(f"pipeline: {name}=True asks for what is collected inside blocks, on their stages only")
     for path, leaf in leaves(dict(kwargs, **{str(i): value for i, value in enumerate(args)})):
         kinds = {kind.__name__ for kind in type(leaf).__mro__}
         if isinstance(leaf, Left) or any(name.endswith("Cache") for name in kinds):
