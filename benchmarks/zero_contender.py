@@ -275,7 +275,10 @@ def import_all(contender: str) -> None:
     """Import what is imported sooner or later, so that the baseline of memory holds it."""
     import torch.distributed.fsdp
 
-    if not contender.startswith("torch_"):
+    if contender == "accel":  # which imports its parts when they are used
+        importlib.import_module("accel.accelerator")
+        importlib.import_module("accel_plugins.strategies.zero.engine")
+    elif not contender.startswith("torch_"):
         importlib.import_module(contender)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch, the first time
 
