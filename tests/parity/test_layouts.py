@@ -19,11 +19,12 @@ from accel.testing import run
 from accel.testing.training import Run, Trained, adamw, deviation, prepare, train_plainly
 from accel.testing.training import epoch as train_epoch
 
-PIPELINE, TENSOR = {"size": 2, "micro_batches": 2}, {"size": 2}
+PIPELINE, TENSOR, CONTEXT = {"size": 2, "micro_batches": 2}, {"size": 2}, {"size": 2}
 
 LAYOUTS: dict[str, tuple[int, Any]] = {
     "tensor x ddp": (4, {"tensor": TENSOR, "ddp": {}}),
     "tensor x zero3": (4, {"tensor": TENSOR, "zero3": {"minimum_size": 0}}),
+    "context x zero3": (4, {"context": CONTEXT, "zero3": {"minimum_size": 0}}),
     "pipeline x ddp": (4, {"pipeline": PIPELINE, "ddp": {}}),
     "pipeline x zero2": (4, {"pipeline": PIPELINE, "zero2": {"minimum_size": 0}}),
     "pipeline x zero3": (4, {"pipeline": PIPELINE, "zero3": {"minimum_size": 0}}),

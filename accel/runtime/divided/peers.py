@@ -6,7 +6,8 @@ added up in backward, and the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ class Peers:
     index: int = 0
     parts: int = 1
     group: ProcessGroup | None = None
+    axis: str = "tensor"
+    remedy: str = "give the layers that make it `replicate` in strategies.tensor.plan"
     divided_whole: Callable[[frozenset[Any], Undividable], None] | None = None
     copied: list[Any] = field(default_factory=list)
     """The last input of a divided layer, its version, and its `copy`: those of query, key and value share one."""
@@ -71,7 +74,7 @@ class Peers:
         """The whole tensor, on all processes: the reverse of `own`. Each brings the whole gradient."""
         if self.parts == 1:
             return part
-        whole: Tensor = _Gather.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        whole: Tensor = Gather.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
         return whole
 
     def deal(self, part: Tensor, dim: int, outer: int) -> Tensor:
@@ -84,6 +87,31 @@ class Peers:
             return part
         dealt: Tensor = _Deal.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
         return dealt
+
+    def attention(self, call: Any) -> Any:
+        """scaled_dot_product_attention, called on queries of which each process has some positions."""
+        raise Undividable("attention sums over what would be divided")
+
+    def meet(self, sources: frozenset[Any]) -> None:
+        """Called where each position of what comes from `sources` meets all positions."""
+
+    @contextlib.contextmanager
+    def own_numbers(self, device: torch.device) -> Iterator[None]:
+        """Inside, each process draws random numbers of its own; after it, all go on alike.
+
+        They follow from what all would draw next, so that recomputing a forward pass draws the same ones again.
+        """
+        if self.parts == 1:
+            yield
+            return
+        seed = int(torch.randint(2**48, ())) + self.index
+        numbers: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
+        before = numbers.get_rng_state()
+        (torch.default_generator if device.type == "cpu" else numbers).manual_seed(seed)
+        try:
+            yield
+        finally:
+            numbers.set_rng_state(before)
 
 
 class Undividable(Exception):
@@ -128,7 +156,7 @@ class _Add(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """All parts, put together, in forward; the own part of the gradient in backward."""
 
     @staticmethod

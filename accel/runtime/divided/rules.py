@@ -13,7 +13,7 @@ import torch
 
 from . import views
 from .peers import Undividable
-from .tensor import Call, Divided, Division, divide, moved, whole_shape
+from .tensor import Call, Divided, Division, divide, moved, whole_of, whole_shape
 
 Rule = Callable[[Call], Any]
 
@@ -47,6 +47,8 @@ def _length(call: Call) -> int:
 def _pointwise(call: Call) -> Any:
     """Each element from those at its place, with broadcasting."""
     division, place = _common(call)
+    if "out" in call.kwargs or (call.name == "where" and len(call.args) < 3):
+        raise Undividable(f"it meets {call.name} in another form")
     if call.name.endswith("_") and not call.name.endswith("__") and not isinstance(call.first, Divided):
         raise Undividable(f"{call.name} changes a whole tensor")
     size = _sizes(call)[place]
@@ -119,8 +121,50 @@ def _linear(call: Call) -> Any:
     return divide(call.run(lambda value: value if value is first else division.peers.copy(value)), division)
 
 
+def _addmm(call: Call) -> Any:
+    """A vector that all processes hold, and a product of rows by a matrix that all hold."""
+    rows = call.option(1, "mat1")
+    if not isinstance(rows, Divided) or len(call.divided()) > 1 or rows.division.dim or call.first.dim() > 1:
+        raise Undividable("it meets addmm in another form")
+    return divide(call.run(lambda value: value if value is rows else rows.division.peers.copy(value)), rows.division)
+
+
+def _embedding(call: Call) -> Any:
+    """Rows of a table that all processes hold, for indices along any dim."""
+    indices, table = call.option(0, "input"), call.option(1, "weight")
+    if isinstance(table, Divided) or call.option(3, "max_norm") or call.option(5, "scale_grad_by_freq"):
+        raise Undividable("it meets an embedding that looks at all indices")
+    division = indices.division
+    return divide(call.run(lambda value: value if value is indices else division.peers.copy(value)), division)
+
+
+def _random(call: Call) -> Any:
+    """Random numbers for each element: each process draws for its own part."""
+    with call.first.division.peers.own_numbers(call.first.device):
+        return _pointwise(call)
+
+
+def _own_gradient(call: Call) -> Any:
+    gradient = call.run()
+    return None if gradient is None else divide(gradient, call.first.division)
+
+
+def _rows_by_whole(call: Call) -> Call:
+    """Where rows of the left operand meet a right one that is divided otherwise, as in attention: that one whole."""
+    left, right = call.args[:2]
+    parts = isinstance(left, Divided) and isinstance(right, Divided)
+    if not parts or left.division.dim != left.dim() - 2 or right.division.dim < right.dim() - 2:
+        return call
+    peers, sources = left.division.peers, right.division.sources
+    peers.meet(left.division.sources | sources)
+    if peers.divided_whole and sources:
+        peers.divided_whole(sources, Undividable(f"all of it meets each row in {call.name}"))
+    return Call(call.function, (left, whole_of(right), *call.args[2:]), call.kwargs)
+
+
 def _matmul(call: Call) -> Any:
     """Batched: divided along a batch dim, or along rows of the left or columns of the right operand."""
+    call = _rows_by_whole(call)
     division, place = _common(call)
     left, right = call.args[:2]
     if place <= -3:
@@ -135,10 +179,12 @@ def _matmul(call: Call) -> Any:
 
 def _attention(call: Call) -> Any:
     """scaled_dot_product_attention on [.., heads, positions, width], divided along heads or samples."""
+    query, key, value = (call.option(i, name) for i, name in enumerate(("query", "key", "value")))
+    if isinstance(query, Divided) and query.division.dim == query.dim() - 2:
+        return query.division.peers.attention(call)
     division, place = _common(call)
     if place > -3:
         raise Undividable("attention sums over what would be divided")
-    query, key, value = (call.option(i, name) for i, name in enumerate(("query", "key", "value")))
     sizes = {id(tensor): whole_shape(tensor)[place] for tensor in (query, key, value)}
     mask, size = call.option(3, "attn_mask"), whole_shape(query)[place]
     if size % division.peers.size or any(own % division.peers.size for own in sizes.values()):
@@ -153,7 +199,8 @@ def _cat(call: Call) -> Any:
     dim = call.option(1, "dim", 0)
     division, place = _common(call)
     shapes = [whole_shape(item) for item in items]
-    if dim - (items[0].dim() if dim >= 0 else 0) == place or len({len(shape) for shape in shapes}) > 1:
+    along = dim - (items[0].dim() if dim >= 0 else 0) == place
+    if (along and len(items) > 1) or len({len(shape) for shape in shapes}) > 1:
         raise Undividable("cat along what would be divided")
     size = _sizes(call)[place]
     return divide(torch.cat([_fit(item, division, place, size) for item in items], dim), division)
@@ -167,7 +214,7 @@ _ARITHMETIC = "add sub mul div true_divide floor_divide pow remainder fmod rsub 
 _UNARY = (
     "abs neg negative exp expm1 log log1p log2 sqrt rsqrt reciprocal square sin cos tan tanh sigmoid erf floor ceil "
     "round sign relu relu6 gelu silu mish elu selu celu leaky_relu softplus softsign hardswish hardtanh hardsigmoid "
-    "logsigmoid tanhshrink dropout alpha_dropout feature_dropout clamp clip clamp_min clamp_max nan_to_num masked_fill "
+    "logsigmoid tanhshrink clamp clip clamp_min clamp_max nan_to_num masked_fill "
     "threshold prelu isnan isinf isfinite logical_not bitwise_not addcmul addcdiv quick_gelu"
 )
 _COMPARISONS = "eq ne lt le gt ge logical_and logical_or isclose"
@@ -178,11 +225,11 @@ _DUNDERS = (
 )
 _COPIES = (
     "to type type_as float double half bfloat16 int long bool cpu cuda contiguous clone detach data "
-    "zeros_like ones_like empty_like full_like rand_like randn_like"
+    "zeros_like ones_like empty_like full_like"
 )
 _FACTS = (
     "dtype device requires_grad is_leaf grad_fn ndim dim layout names itemsize element_size get_device output_nr "
-    "_version retain_grad register_hook requires_grad_ _backward_hooks nbytes retains_grad __hash__ volatile"
+    "_version retain_grad backward register_hook requires_grad_ _backward_hooks nbytes retains_grad __hash__ volatile"
 )
 
 
@@ -202,6 +249,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys([name + "_" for name in _names(_ARITHMETIC) + _names(_UNARY)], _pointwise),
     **dict.fromkeys(_names(_DUNDERS) + _names(_COPIES), _pointwise),
     **dict.fromkeys(_names(_FACTS), Call.run),
+    **dict.fromkeys(_names("dropout dropout_ alpha_dropout alpha_dropout_ rand_like randn_like"), _of_first(_random)),
+    "grad": _own_gradient,
+    "addmm": _addmm,
+    "embedding": _of_first(_embedding),
     **dict.fromkeys(_names("softmax log_softmax cumsum"), _of_first(_softmax)),
     **dict.fromkeys(_names("sum mean var std amax amin logsumexp argmax"), _of_first(_reduction)),
     **dict.fromkeys(_names("layer_norm rms_norm"), _of_first(_norm)),

@@ -11,6 +11,7 @@ of what stands between the projections of an attention layer; here it holds para
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,9 +45,13 @@ class Divided(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from .composed import COMPOSED
         from .rules import rule_of
 
         call = Call(function, args, kwargs or {})
+        with contextlib.suppress(Undividable):
+            if call.name in COMPOSED:
+                return COMPOSED[call.name](call)
         with torch._C.DisableTorchFunctionSubclass():
             if _looks_on(function):
                 return call.run()
@@ -69,8 +74,11 @@ class Call:
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
         self.name: str = function.__name__
-        if self.name == "__get__":  # of an attribute
-            self.name = getattr(function.__self__, "__name__", "")
+        attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+        if self.name == "__get__":
+            self.name = attribute
+        elif self.name == "__set__" and attribute == "requires_grad":
+            self.name = "requires_grad_"
 
     @property
     def first(self) -> Any:
@@ -134,9 +142,10 @@ def _on_whole(call: Call, error: Undividable) -> Any:
     """Do without a rule: put the tensors together first."""
     changes_first = (call.name.endswith("_") and not call.name.endswith("__")) or call.name in _CHANGES
     if changes_first and isinstance(call.first, Divided):
+        peers = call.first.division.peers
         raise RuntimeError(
-            f"{call.name}: cannot change a tensor in place that is divided over the tensor axis ({error}); write it "
-            "without changing in place, or give the layers that make it `replicate` in strategies.tensor.plan"
+            f"{call.name}: cannot change a tensor in place that is divided over the {peers.axis} axis ({error}); "
+            f"write it without changing in place, or {peers.remedy}"
         )
     for tensor in call.divided():
         if (hear := tensor.division.peers.divided_whole) and tensor.division.sources:

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place
 from accel.runtime.divided import check
+from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.peers import Peers
-from accel.runtime.example import Inputs, example_inputs, tried_out
+from accel.runtime.example import Inputs, example_inputs
 from accel.runtime.shards import held_parameters
 
 from .layers import apply
@@ -41,13 +42,13 @@ class DividedModel:
         broadcast_in_place([t.detach() for t in (*originals, *model.buffers())], self.group)
         inputs = example_inputs(model, strategy.options.example, "strategies.tensor.example")
         with _own_kernels():
-            self.draws = self._draws_random_numbers(inputs)
+            self.numbers = Numbers(model, inputs, self.group, strategy.device)
             self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
             self._divide(inputs)
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
         self._modules = dict(model.named_modules())
-        self._agree_on_random_numbers()
+        self.numbers.share()
 
     def before_forward(self) -> None:
         """Let replicated activations draw the same dropout masks. Raises PrepareError for what was compiled since."""
@@ -57,8 +58,8 @@ class DividedModel:
                     f"tensor: {name or 'the model'!r} is compiled, and layers that are divided cannot be: "
                     "torch.compile does not follow tensors that look whole; leave compile out"
                 )
-        if self.draws and self.model.training:
-            self._agree_on_random_numbers()
+        if self.model.training:
+            self.numbers.share()
 
     def describe(self) -> dict[str, str]:
         """How each layer is held, and why."""
@@ -113,31 +114,6 @@ class DividedModel:
                     f"prepare: tensor cannot divide this {type(self.model).__name__}: parameter {name!r} is already "
                     f"divided over {parameter.device_mesh}; leave that to prepare()"
                 )
-
-    def _draws_random_numbers(self, inputs: Inputs) -> bool:
-        """Whether a training forward uses torch's generators."""
-        args, kwargs = inputs
-        with tried_out(self.model), torch.no_grad():
-            self.model.train()
-            before = self._random_state()
-            self.model(*args, **kwargs)
-            return not torch.equal(before, self._random_state())
-
-    def _agree_on_random_numbers(self) -> None:
-        """All processes of the axis go on from the generator state of the first."""
-        state = self._random_state()
-        moved = state.to(self.strategy.device)
-        dist.broadcast(moved, group=self.group, group_src=0)
-        if self.strategy.device.type == "cpu":
-            torch.set_rng_state(moved)
-        else:
-            torch.get_device_module(self.strategy.device).set_rng_state(moved.cpu())
-
-    def _random_state(self) -> torch.Tensor:
-        if self.strategy.device.type == "cpu":
-            return torch.get_rng_state()
-        state: torch.Tensor = torch.get_device_module(self.strategy.device).get_rng_state()
-        return state
 
 
 def _from_all(value: T) -> list[T]:

@@ -1,0 +1,1 @@
+"""Context parallelism: each process holds some positions of each sequence."""

@@ -1,0 +1,133 @@
+"""What processes that hold different positions tell one another.
+
+Weights are used by all, each on its own positions. What a process computes a weight's gradient to be is not its share
+of the sum but `size` times that, so that the mean over the processes is the gradient: also of what all compute alike,
+such as a term of the loss on the weights themselves. So nothing is sent where a weight is used, the mean is taken once
+at the end, and taking it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from accel.runtime.divided.peers import Gather, Peers
+
+
+@dataclass(eq=False)
+class SequencePeers(Peers):
+    """The processes of one context axis."""
+
+    axis: str = "context"
+    remedy: str = "train this model without `context`"
+    method: str = "auto"
+
+    def copy(self, whole: Tensor) -> Tensor:
+        """The same tensor: its gradient is averaged at the end, see above."""
+        return whole
+
+    def gather(self, part: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """The whole tensor, on all processes, each of which brings its gradient of it."""
+        if self.parts == 1:
+            return part
+        whole: Tensor = _GatherAndAdd.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        return whole
+
+    def enter(self, whole: Tensor, dim: int | None) -> Tensor:
+        """This process's part of an input along `dim`, all of it if None; all get the gradient of the whole."""
+        if not whole.requires_grad or not torch.is_grad_enabled():
+            return whole if dim is None else self.own(whole, dim).contiguous()
+        result: Tensor = _Enter.apply(whole, dim, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def leave(self, part: Tensor, dim: int, outer: int) -> Tensor:
+        """The whole of an output, of which all processes bring the same gradient."""
+        whole: Tensor = _Leave.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        return whole
+
+    def attention(self, call: Any) -> Any:
+        from .attention import attention
+
+        return attention(self, call)
+
+    def swap(self, parts: Tensor) -> Tensor:
+        """Entry i of [size, ...] goes to process i; what comes from process i stands there after."""
+        swapped: Tensor = _Swap.apply(parts, self)  # type: ignore[no-untyped-call]
+        return swapped
+
+    def add_parts(self, whole: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """This process's part of the sum of what the processes bring: half of an all-reduce's bytes."""
+        pieces = whole.unflatten(dim, (outer, self.parts, -1)).movedim(dim + 1, 0)  # type: ignore[no-untyped-call]
+        return self._swapped(pieces).sum(0).flatten(dim, dim + 1)
+
+    def _swapped(self, parts: Tensor) -> Tensor:
+        received = torch.empty(parts.shape, dtype=parts.dtype, device=parts.device)
+        dist.all_to_all_single(received, parts.contiguous(), group=self.group)
+        return received
+
+
+@dataclass(eq=False)
+class Watching(SequencePeers):
+    """Parts that are whole, for finding out what meets in attention."""
+
+    met: set[Any] = field(default_factory=set)
+
+    def meet(self, sources: frozenset[Any]) -> None:
+        self.met |= sources
+
+
+class _GatherAndAdd(Gather):
+    """All parts, put together, in forward; the sum of the gradients' own part in backward."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.peers.add_parts(gradient, ctx.dim, ctx.outer), None, None, None
+
+
+class _Leave(Gather):
+    """All parts, put together, in forward; in backward, where all bring the same, no sum has to be asked for."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        own = ctx.peers.own(gradient, ctx.dim, ctx.outer)
+        return own * ctx.peers.parts, None, None, None
+
+
+class _Enter(torch.autograd.Function):
+    """The own part, or all, in forward; the mean of the gradients in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, dim: int | None, peers: SequencePeers) -> Tensor:
+        ctx.dim, ctx.peers = dim, peers
+        return whole.view_as(whole) if dim is None else peers.own(whole, dim).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        peers = ctx.peers
+        if ctx.dim is not None:
+            return Gather.apply(gradient / peers.parts, ctx.dim, 1, peers), None, None  # type: ignore[no-untyped-call]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=peers.group)
+        return total / peers.parts, None, None
+
+
+class _Swap(torch.autograd.Function):
+    """Entries change places in forward, and back in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, peers: SequencePeers) -> Tensor:
+        ctx.peers = peers
+        return peers._swapped(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.peers._swapped(gradient), None
