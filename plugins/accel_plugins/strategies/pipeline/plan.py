@@ -62,9 +62,9 @@ def make_plan(model: nn.Module, strategy: Pipeline) -> Plan:
     names = {name for name, module in parts.items() if id(module) in {id(block) for block in blocks}}
     stage = listen_to(parts)
     with tried_out(model):
-        versions = {name: buffer._version for name, buffer in model.named_buffers()}
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         found = trace(model, stage, args, kwargs)
-        changed = [name for name, buffer in model.named_buffers() if buffer._version != versions.get(name)]
+        changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
         measure(model, stage, args, kwargs, found)
     names = names or {call.part for call in found.calls}
     cuts = _cuts(model, strategy, found, names, parts)

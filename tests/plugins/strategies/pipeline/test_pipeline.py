@@ -254,6 +254,48 @@ def test_evaluation_gives_the_output_on_every_stage():
         torch.testing.assert_close(found, expected)
 
 
+def statistics():
+    base = CASES["cnn"]
+    case = Case(functools.partial(CNN, norm=True), base.batch, base.loss, base.options)
+    accelerator = accelerator_for(case, {"micro_batches": 1}, num_processes=2)
+    model, plain = accelerator.prepare(make(case)), make(case)
+    loss_of(case, plain, case.batch(0, 8)).backward()
+    accelerator.backward(loss_of(case, model, case.batch(0, 8)))
+    return dict(model.named_buffers()), dict(plain.named_buffers())
+
+
+def test_statistics_of_a_whole_batch_reach_all_stages():
+    for found, expected in run(2, statistics):
+        torch.testing.assert_close(found, expected)
+
+
+def two_models():
+    """A model that is judged by another, both in stages: the weights of both, and those of plain ones."""
+    accelerator, results = accelerator_for(CASES["skips"], num_processes=2), []
+    for prepare in (lambda *objects: objects, accelerator.prepare):
+        judged, judge = prepare(make(Case(Widened, None, None))), prepare(make(CASES["skips"]))
+        judged, judge = (value[0] if isinstance(value, tuple) else value for value in (judged, judge))
+        optimizer = prepare(adamw(judged))
+        optimizer = optimizer[0] if isinstance(optimizer, tuple) else optimizer
+        loss = (judge(judged(CASES["skips"].batch(0, 8)["x"])) - 1).square().mean()
+        accelerator.backward(loss) if results else loss.backward()
+        optimizer.step()
+        results.append(accelerator.get_state_dict(judged))
+    return results
+
+
+class Widened(Skips):
+    """[b, WIDTH] -> [b, WIDTH]"""
+
+    def forward(self, x):
+        return super().forward(x).repeat(1, 6)[:, :WIDTH]
+
+
+def test_gradients_go_through_one_model_into_another():
+    for expected, found in run(2, two_models):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def several_passes():
     """Two forwards before one backward, two backwards before one step; the gradients."""
     accelerator, model, _ = prepared("gpt")
