@@ -12,7 +12,7 @@ from accel import Accelerator
 from accel.interfaces import Axis
 from accel.testing import run
 
-from .models import GPT, Classifier, ManualAttention, OneHead, Recurrent, Seq2Seq, hugging_face, loss_of
+from .models import GPT, Classifier, ManualAttention, OneHead, Recurrent, Seq2Seq, hugging_face, loss_of, tokens
 
 RING = {"context": {"size": 2, "attention": "ring"}}
 CASES = {
@@ -106,13 +106,26 @@ def test_beside_a_data_axis(data, limit):
 def hugging_face_models():
     """In one call, since each worker has to import transformers."""
     strategies = {"context": {"size": 2}}
-    return {kind: deviation(functools.partial(hugging_face, kind), strategies, 2) for kind in ("Llama", "T5")}
+    found = {kind: deviation(functools.partial(hugging_face, kind), strategies, 2) for kind in ("Llama", "T5")}
+    return found, [generates(length) for length in (8, 5)]
+
+
+def generates(length):
+    """Whether greedy writing after a prompt, with a cache, is that of the whole model."""
+    accelerator = Accelerator(strategies={"context": {"size": 2}}, num_processes=2, device="cpu")
+    torch.manual_seed(0)
+    model = hugging_face("Llama").eval()
+    prompt = tokens(0, 2, length).clamp(min=1)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    return torch.equal(accelerator.prepare(model).generate(prompt, **options), expected)
 
 
 def test_hugging_face_models():
     pytest.importorskip("transformers")
-    for found in run(2, hugging_face_models, timeout=110):
+    for found, written in run(2, hugging_face_models, timeout=110):
         assert max(found.values()) < 1e-6, found  # they compute norms and rotations in float32
+        assert all(written)
 
 
 def narrow(precision, attention):
