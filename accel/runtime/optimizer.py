@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from ..errors import PrepareError
 from ..interfaces.precision import Precision
-from .adopt import Adopted, Part, adopt, part_of
+from .adopt import Adopted, Part, adopt, own_class, part_of
+from .elementwise import on_parts
 from .gradients import ExplicitWindow, Window
 from .shards import accept_whole_optimizer_states
 
@@ -70,7 +71,10 @@ class OptimizerPart(Part):
         """Step the user's own optimizer, unconditionally."""
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
-        return inner() if closure is None else inner(closure)
+        if closure is not None:
+            return inner(closure)
+        with on_parts(self.optimizer, own_class(self.optimizer)):
+            return inner()
 
     def on_any_process(self, flag: Tensor) -> Tensor:
         """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""
