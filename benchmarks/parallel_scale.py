@@ -89,10 +89,10 @@ def pretend(sizes: dict[Axis, int]) -> Iterator[Mesh]:
 def divide(stage: nn.Module, mesh: Mesh) -> None:
     """Divide the layers of a stage along the tensor axis, as `tensor` does once it has found its plan."""
     axis = mesh.axis(Axis.TENSOR)
-    styles = {"embedding": "vocabulary", "head": "column"}
+    styles = {"embedding": ("vocabulary", 1), "head": ("column", 1)}
     for name, _ in stage.named_modules():
         last = name.rpartition(".")[2]
-        styles |= {name: "column"} if last in COLUMNS else {name: "row"} if last in ROWS else {}
+        styles |= {name: ("column", 1)} if last in COLUMNS else {name: ("row", 1)} if last in ROWS else {}
     apply(stage, styles, Peers(axis.size, axis.index, axis.size, axis.group), axis.device_mesh)
 
 

@@ -91,7 +91,8 @@ class SequenceModel:
     def _divides(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call's sequences are divided. Raises PrepareError if they cannot be, in training."""
         given = self.arguments.tensors(args, kwargs)
-        lengths = {name: given[name].shape[dim] for name, dim in self.dims.items() if name in given}
+        dims = {name: self._dim(name, tensor) for name, tensor in given.items()}
+        lengths = {name: given[name].shape[dim] for name, dim in dims.items() if dim is not None}
         uneven = [f"{name} has {length}" for name, length in lengths.items() if length % self.peers.size]
         if lengths and not uneven:
             return True
@@ -104,10 +105,15 @@ class SequenceModel:
             )
         return False  # all compute the whole: right, and what single tokens need
 
+    def _dim(self, name: str, tensor: Tensor) -> int | None:
+        """The dim of an input that counts positions; None if it has none, though that of the example had."""
+        dim = self.dims.get(name)
+        return dim if dim is not None and dim < tensor.dim() else None
+
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         new = {}
         for name, whole in self.arguments.tensors(args, kwargs).items():
-            dim = self.dims.get(name)
+            dim = self._dim(name, whole)
             entered = self.peers.enter(whole, dim)
             division = None if dim is None else Division(self.peers, dim, sources=frozenset({name}))
             new[name] = entered if division is None else divide(entered, division)
