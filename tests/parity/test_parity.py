@@ -79,7 +79,8 @@ def combinations() -> list[Any]:
             Plan.of(Config().replace(strategies=strategy, num_processes=n))
         except ConfigError:
             continue
-        found.append(pytest.param(strategy, precision, n, id=f"{strategy}-{precision}-{n}"))
+        marks = [pytest.mark.slow] if n > 2 and precision != "fp32" else []  # what they add is little, for a minute
+        found.append(pytest.param(strategy, precision, n, id=f"{strategy}-{precision}-{n}", marks=marks))
     return found
 
 

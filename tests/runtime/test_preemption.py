@@ -43,8 +43,10 @@ def boundaries(slow: int, asks: int, when: int, steps: int, together: bool) -> i
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["collectives", "free"])
-@pytest.mark.parametrize(("slow", "asks"), [(0, 0), (0, 1), (2, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("slow", "asks", "together"),
+    [(0, 0, True), (0, 1, True), (2, 0, True), (2, 2, True), (0, 1, False), (2, 0, False)],
+)
 def test_all_stop_at_the_same_boundary(slow: int, asks: int, together: bool) -> None:
     stopped = run(3, boundaries, slow, asks, 5, 100_000 if together else 10_000, together)
     assert len(set(stopped)) == 1 and stopped[0] is not None and stopped[0] > 5
