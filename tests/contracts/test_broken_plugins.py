@@ -195,6 +195,9 @@ def installed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     names = [*BROKEN[kind], *(["sound", "refuser"] if kind == "strategy" else [])]
     points = "".join(f"{name} = broken_plugins:{name.capitalize()}\n" for name in names)
     site.register("broken-plugins", f"[{registry.INTERFACES[kind][0]}]\n{points}")
+    if kind == "tracker":
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")  # which `littering` litters
     with on_path(site, monkeypatch):
         yield
     sys.modules.pop("broken_plugins", None)
