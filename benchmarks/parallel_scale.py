@@ -20,27 +20,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accel_plugins.strategies.tensor.layers import apply
 from parallel_tensor import Block
 from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from traffic import Traffic
 from transformer import BYTES, Formula, Shape, make_optimizer
 from zero import show
-from zero_scale import CPU, GB, SEVEN_BILLION, stored
+from zero_scale import GB, SEVEN_BILLION, make_strategy, pretend, stored
 
-from accel import registry
-from accel.interfaces import Axis, Precision, Strategy
+from accel.interfaces import Axis
 from accel.runtime.divided.peers import Peers
 from accel.runtime.mesh import Mesh
-from accel.runtime.world import World
 
 COLUMNS, ROWS = ("query", "key", "value", "up"), ("output", "down")
 BUILT = 1, 2
@@ -75,17 +69,6 @@ class Stage(nn.Module):
         return x if self.head is None or self.norm is None else self.head(self.norm(x))
 
 
-@contextmanager
-def pretend(sizes: dict[Axis, int]) -> Iterator[Mesh]:
-    """A mesh of so many processes, of which this is the first and the others do not exist."""
-    processes = sizes[Axis.PIPELINE] * sizes[Axis.DATA] * sizes[Axis.TENSOR]
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    try:
-        yield Mesh(sizes, World(rank=0, size=processes, local_rank=0, local_size=processes), CPU.type, lambda: None)
-    finally:
-        dist.destroy_process_group()
-
-
 def divide(stage: nn.Module, mesh: Mesh) -> None:
     """Divide the layers of a stage along the tensor axis, as `tensor` does once it has found its plan."""
     axis = mesh.axis(Axis.TENSOR)
@@ -101,10 +84,7 @@ def train_a_step(shape: Shape, sizes: dict[Axis, int], name: str, blocks: int, f
     with pretend(sizes) as mesh:
         stage = Stage(shape, blocks, first, last)
         divide(stage, mesh)
-        plugin = registry.load("strategy", name)
-        strategy: Strategy = plugin(
-            plugin.Options(find_unused_parameters=False), mesh.axis(Axis.DATA), CPU, Precision(Precision.Options(), CPU)
-        )
+        strategy = make_strategy(mesh, name)
         strategy.setup(stage)
         optimizer = make_optimizer(stage)
         hidden = torch.zeros(1, shape.length, shape.width, requires_grad=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from traffic import Traffic
 from transformer import BYTES, Shape, Transformer, make_batch, make_optimizer
 from zero import own_network, run, show
-from zero_contender import sent, size_of, tensors
+from zero_contender import end_worker, sent, size_of, tensors
 
 CONTENDERS = ("torch", "accel")
 WARM_UP = 2
@@ -155,13 +154,7 @@ def be_worker(options: Any) -> None:
     """One process of `measure`."""
     warnings.simplefilter("ignore")
     given = json.loads(options.given)
-    found = work(options.worker, Shape(**given["shape"]), given["steps"], given["network"])
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, found)
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(results))
-    dist.barrier()
-    os._exit(0)  # torch's threads can abort a process whose interpreter is torn down under them
+    end_worker(work(options.worker, Shape(**given["shape"]), given["steps"], given["network"]), options.out)
 
 
 def compare(processes: int, shape: Shape, options: Any, network: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +20,13 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = 0.0
-        self.among: Counter[int] = Counter()
-        """The same, by the number of processes that took part."""
+        self.among: dict[int, float] = defaultdict(float)
+        """What was sent, by the number of processes that took part."""
+
+    @property
+    def sent(self) -> float:
+        """What was sent in all."""
+        return sum(self.among.values())
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -35,9 +39,7 @@ class Traffic(TorchDispatchMode):
         if (cost := _COSTS.get(name)) is not None:
             groups = [argument for argument in arguments if hasattr(argument, "_type")]
             processes = _processes(groups[0])
-            bytes_sent = cost(max(map(_size, arguments)), processes)
-            self.sent += bytes_sent
-            self.among[processes] += bytes_sent
+            self.among[processes] += cost(max(map(_size, arguments)), processes)
 
 
 def _size(argument: Any) -> int:

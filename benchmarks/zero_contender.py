@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -283,6 +283,16 @@ def import_all(contender: str) -> None:
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch, the first time
 
 
+def end_worker(result: Any, out: Path) -> NoReturn:
+    """Let rank 0 write what each process measured, and end this one; all ranks."""
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(results))
+    dist.barrier()
+    os._exit(0)  # torch's threads can abort a process whose interpreter is torn down under them
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contender", choices=CONTENDERS)
@@ -297,12 +307,7 @@ def main() -> None:
     import_all(options.contender)
     shape, meter = Shape(**options.shape), Meter(options.steps)
     result = meter.train(CONTENDERS[options.contender](shape, options.option), shape, options.own_network)
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, result)
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(results))
-    dist.barrier()
-    os._exit(0)  # torch's threads can abort a process whose interpreter is torn down under them
+    end_worker(result, options.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -53,19 +54,20 @@ class Found:
 
 
 @contextmanager
-def pretend(processes: int) -> Iterator[Mesh]:
-    """A mesh of so many processes, of which this is the first and the others do not exist."""
+def pretend(sizes: dict[Axis, int]) -> Iterator[Mesh]:
+    """A mesh of these sizes, of whose processes this is the first and the others do not exist."""
+    processes = math.prod(sizes.values())
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         world = World(rank=0, size=processes, local_rank=0, local_size=processes)
-        yield Mesh({Axis.DATA: processes}, world, CPU.type, lambda: None)
+        yield Mesh(sizes, world, CPU.type, lambda: None)
     finally:
         dist.destroy_process_group()
 
 
-def make_strategy(mesh: Mesh, replicas: int) -> Strategy:
-    """The plugin `zero3`, as an Accelerator makes it."""
-    plugin = registry.load("strategy", "zero3")
+def make_strategy(mesh: Mesh, name: str, replicas: int = 1) -> Strategy:
+    """One of the stages of ZeRO, as an Accelerator makes it."""
+    plugin = registry.load("strategy", name)
     options = plugin.Options(replicas=replicas, find_unused_parameters=False)
     strategy: Strategy = plugin(options, mesh.axis(Axis.DATA), CPU, Precision(Precision.Options(), CPU))
     return strategy
@@ -73,8 +75,8 @@ def make_strategy(mesh: Mesh, replicas: int) -> Strategy:
 
 def train_a_step(shape: Shape, processes: int, replicas: int) -> Found:
     """Set up the model on so many processes and train it for a step."""
-    with pretend(processes) as mesh:
-        strategy, fake = make_strategy(mesh, replicas), FakeTensorMode()
+    with pretend({Axis.DATA: processes}) as mesh:
+        strategy, fake = make_strategy(mesh, "zero3", replicas), FakeTensorMode()
         with fake:
             model, tokens = Transformer(shape), torch.zeros(shape.batch, shape.length + 1, dtype=torch.int64)
         strategy.setup(model)

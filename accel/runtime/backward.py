@@ -33,6 +33,7 @@ class Backward(Process):
         self._models: list[ModelPart] = []
         self._optimizers: list[OptimizerPart] = []
         self._closing = self._window.length == 1
+        self._splits = any(strategy.splits_backward for strategy in self.strategies)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -124,7 +125,7 @@ class Backward(Process):
 
     def _exchanges_afterwards(self, strategy: Strategy) -> bool:
         """Whether another strategy splits the backward pass, so that this one must wait for the end of all parts."""
-        return not strategy.splits_backward and any(other.splits_backward for other in self.strategies)
+        return self._splits and not strategy.splits_backward
 
     @property
     def _must_watch(self) -> bool:

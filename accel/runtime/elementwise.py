@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from .adopt import own_class
 from .shards import held_part, like_part
 
 _KNOWN = {
@@ -34,21 +35,27 @@ _KNOWN = {
 
 
 @contextmanager
-def on_parts(optimizer: Optimizer, own_class: type[Any]) -> Iterator[None]:
-    """Let one step of an optimizer of this class find plain tensors in place of divided parameters.
+def on_parts(optimizer: Optimizer) -> Iterator[None]:
+    """Let one step of an optimizer find plain tensors in place of divided parameters.
 
     Where somebody else watches its steps, or numbers may meet, it finds what it always does.
     """
-    watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if own_class not in _KNOWN or watched or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+    places = _divided(optimizer)
+    if not places or own_class(optimizer) not in _KNOWN or _is_watched(optimizer):
         yield
         return
-    lent = [_Lent(optimizer, parameters, place) for parameters, place in _divided(optimizer)]
+    lent = [_Lent(optimizer, parameters, place) for parameters, place in places]
     try:
         yield
     finally:
         for part in lent:
             part.give_back()
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    """Whether somebody is called at each step, who would see the parts."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def _divided(optimizer: Optimizer) -> list[tuple[list[Any], int]]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..errors import PrepareError
 from ..interfaces.precision import Precision
-from .adopt import Adopted, Part, adopt, own_class, part_of
+from .adopt import Adopted, Part, adopt, part_of
 from .elementwise import on_parts
 from .gradients import ExplicitWindow, Window
 from .shards import accept_whole_optimizer_states
@@ -73,7 +73,7 @@ class OptimizerPart(Part):
         inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
         if closure is not None:
             return inner(closure)
-        with on_parts(self.optimizer, own_class(self.optimizer)):
+        with on_parts(self.optimizer):
             return inner()
 
     def on_any_process(self, flag: Tensor) -> Tensor:

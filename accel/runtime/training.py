@@ -149,9 +149,10 @@ class Training(Backward):
             self.precision.update([o for o in self._optimizers if not (o.spent or o.unscaled) and o.has_gradients()])
 
     def _dropped(self, part: OptimizerPart) -> None:
+        parameters = part.parameters()
         for strategy in self.strategies:
             for model in self._models:
-                strategy.forget_gradients(model.model, part.parameters())
+                strategy.forget_gradients(model.model, parameters)
 
     def _on_any_process(self, flag: Tensor, divided: bool) -> Tensor:
         """The largest value of a scalar on any process whose gradients are not this one's; they all call it."""

@@ -125,6 +125,13 @@ class Undividable(Exception):
         self.indivisible, self.pieces = indivisible, pieces
 
 
+def summed(share: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of what the processes bring, in new memory: a gradient may be another's too, a share may be kept."""
+    total = share.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _Copy(torch.autograd.Function):
     """Nothing in forward; the sum over the processes in backward."""
 
@@ -136,9 +143,7 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        total = gradient.clone(memory_format=torch.contiguous_format)  # the gradient may be another's too
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return summed(gradient, ctx.group), None
 
 
 class _Add(torch.autograd.Function):
@@ -146,9 +151,7 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, group: ProcessGroup) -> Tensor:
-        total = share.clone(memory_format=torch.contiguous_format)  # selective checkpointing may keep the share
-        dist.all_reduce(total, group=group)
-        return total
+        return summed(share, group)
 
     @staticmethod
     @once_differentiable

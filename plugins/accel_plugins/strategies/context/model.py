@@ -6,13 +6,12 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
-from accel.runtime.collectives import broadcast_in_place
+from accel.runtime.collectives import broadcast_in_place, gather_object
 from accel.runtime.divided import check
 from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.tensor import Divided, Division, divide, part_of
@@ -158,9 +157,7 @@ class SequenceModel:
             fault = fault and f"on an example it changes {fault}"
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
             fault = f"it fails with {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        faults: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(faults, fault, group=self.group)
-        return next((fault for fault in faults if fault), "")
+        return next(filter(None, gather_object(fault, self.group)), "")
 
     def _suspects(self) -> str:
         modules = [f"{name or 'forward'}: {', '.join(sorted(why))}" for name, why in self.together.items()]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from accel.runtime.divided.peers import Gather, Peers
+from accel.runtime.divided.peers import Gather, Peers, summed
 
 
 @dataclass(eq=False)
@@ -114,9 +114,7 @@ class _Enter(torch.autograd.Function):
         peers = ctx.peers
         if ctx.dim is not None:
             return Gather.apply(gradient / peers.parts, ctx.dim, 1, peers), None, None  # type: ignore[no-untyped-call]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=peers.group)
-        return total / peers.parts, None, None
+        return summed(gradient, peers.group) / peers.parts, None, None
 
 
 class _Swap(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
-from accel.runtime.collectives import broadcast_in_place
+from accel.runtime.collectives import broadcast_in_place, gather_object
 from accel.runtime.divided import check
 from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.peers import Peers
@@ -118,9 +118,7 @@ class DividedModel:
 
 def _from_all(value: T) -> list[T]:
     """What each process of the run has: stages and replicas of a model must be divided alike."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    return gather_object(value, dist.group.WORLD)
 
 
 @contextlib.contextmanager

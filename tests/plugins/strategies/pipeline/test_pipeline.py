@@ -166,20 +166,11 @@ def test_bytes_are_those_of_the_hidden_states():
 def bf16_losses():
     losses = []
     for schedule in ("gpipe", "1f1b"):
-        accelerator, model, optimizer = prepared("gpt", {"schedule": schedule}, mixed_precision="bf16")
-        for step in range(3):
-            optimizer.zero_grad()
-            loss = loss_of(CASES["gpt"], model, CASES["gpt"].batch(step, 8))
-            accelerator.backward(loss)
-            optimizer.step()
-            losses.append(loss.item())
+        losses += three_losses(*prepared("gpt", {"schedule": schedule}, mixed_precision="bf16"))
     return losses
 
 
-def bf16_reference():
-    accelerator = Accelerator(device="cpu", mixed_precision="bf16")
-    model = make(CASES["gpt"])
-    model, optimizer = accelerator.prepare(model, adamw(model))
+def three_losses(accelerator, model, optimizer):
     losses = []
     for step in range(3):
         optimizer.zero_grad()
@@ -187,7 +178,14 @@ def bf16_reference():
         accelerator.backward(loss)
         optimizer.step()
         losses.append(loss.item())
-    return losses * 2
+    return losses
+
+
+def bf16_reference():
+    accelerator = Accelerator(device="cpu", mixed_precision="bf16")
+    model = make(CASES["gpt"])
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    return three_losses(accelerator, model, optimizer) * 2
 
 
 def test_bf16():
