@@ -37,7 +37,7 @@ class PackageSite:
 def on_path(site: PackageSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this process see the site's packages."""
     monkeypatch.syspath_prepend(site.folder)
-    registry._points.cache_clear()
+    registry._installed.cache_clear()
     yield
     monkeypatch.undo()
-    registry._points.cache_clear()
+    registry._installed.cache_clear()

@@ -41,10 +41,15 @@ class Setting:
     name: str
     type: Any
     default: Any
-    meaning: str
+    owner: type
     minimum: float | None
     plugin: str | None
     no: bool
+
+    @property
+    def meaning(self) -> str:
+        """The docstring under the field; only help needs it, so that training never reads the source."""
+        return _meanings(self.owner).get(self.name, "")
 
     @property
     def required(self) -> bool:
@@ -65,14 +70,14 @@ def setting(default: Any, *, minimum: float | None = None, plugin: str | None = 
 
 @functools.cache
 def describe(cls: type) -> tuple[Setting, ...]:
-    """The settings that a dataclass declares, in order, each with the docstring that stands under its field."""
-    hints, meanings = typing.get_type_hints(cls), _meanings(cls)
+    """The settings that a dataclass declares, in order; the meaning of each is the docstring under its field."""
+    hints = typing.get_type_hints(cls)
     return tuple(
         Setting(
             name=f.name,
             type=hints[f.name],
             default=f.default_factory() if callable(f.default_factory) else f.default,
-            meaning=meanings.get(f.name, ""),
+            owner=cls,
             minimum=f.metadata.get("minimum"),
             plugin=f.metadata.get("plugin"),
             no=f.metadata.get("no", False),
@@ -218,6 +223,7 @@ def _parse_choice(value: Any, path: str) -> Choice:
     raise ConfigError(f"{path}: expected {type_name(Choice)}, got {value!r}")
 
 
+@functools.cache
 def _meanings(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass and of its bases, read from the source."""
     found: dict[str, str] = {}

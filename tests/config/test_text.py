@@ -50,7 +50,7 @@ def test_bad_yaml_is_one_line(text: str, message: str) -> None:
 
 
 def _declared(hint: Any) -> Setting:
-    return Setting(name="s", type=hint, default=None, meaning="", minimum=None, plugin=None, no=False)
+    return Setting(name="s", type=hint, default=None, owner=Config, minimum=None, plugin=None, no=False)
 
 
 @pytest.mark.parametrize(
