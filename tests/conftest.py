@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from multiprocessing.resource_tracker import _resource_tracker  # lives as long as the process that first spawned
 from pathlib import Path
+from pkgutil import walk_packages
 
+import accel_plugins
 import pytest
 
 from accel.testing import shared_processes
@@ -31,8 +33,11 @@ UNWATCHED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> Iterator[None]:
-    """Let workers find pytest imported, as every test module does; end the warm process with the session."""
-    shared_processes().modules.append("pytest")
+    """Let workers find imported what most tests import; end the warm process with the session."""
+    shared_processes().modules += [
+        "pytest",
+        *(found.name for found in walk_packages(accel_plugins.__path__, "accel_plugins.")),
+    ]
     yield
     shared_processes().close()
 

@@ -30,8 +30,8 @@ PRELOADED = (
     "torch.nn.parallel.distributed",
     "torch.distributed.device_mesh",
     "torch.utils.data",
-    "accel.interfaces",
-    "accel.plan",
+    "accel.accelerator",
+    "accel.testing.training",
 )
 """What the warm process has imported before it forks."""
 

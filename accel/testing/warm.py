@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import io
@@ -91,8 +92,11 @@ class _Worker:
 def main(descriptor: int, modules: Sequence[str]) -> None:
     """Import the modules, then answer requests until the other end of the connection closes."""
     control = Connection(descriptor)
+    gc.disable()  # what is imported is no garbage
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # what is here now stays: no worker looks for garbage in it
+    gc.enable()
     control.send(None)
     while True:
         try:
