@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## Train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/accel launch --cpu --num_processes 2 examples/image_classification.py
 
+# Thousands of processes import accel here: each would compile it anew where the environment forbids bytecode.
 test: $(INSTALLED)  ## Run the whole test suite
-	$(VENV)/bin/python -m pytest
+	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)  ## Check style and types
 	$(VENV)/bin/ruff check .

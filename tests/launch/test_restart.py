@@ -96,13 +96,13 @@ def test_the_time_limit_counts_over_all_attempts(launch: Launch) -> None:
     source = COUNTS + textwrap.dedent("""
     from accel.config import current_config
     mark(f"limit{attempt}", str(current_config().time_limit))
-    time.sleep(0.7)
+    time.sleep(2.5)
     sys.exit(75)
     """)
-    done = launch.run(*QUICK, "--max_restarts", "9", "--time_limit", "1", launch.script(source))
+    done = launch.run(*QUICK, "--max_restarts", "9", "--time_limit", "4", launch.script(source))
     assert (done.returncode, attempts(launch)) == (75, 2)
     limits = [float(next(launch.folder.glob(f"limit{n}.*")).read_text()) for n in (1, 2)]
-    assert limits[0] == 1 and 0 <= limits[1] <= 0.3
+    assert limits[0] == 4 and 0 <= limits[1] <= 1.5
 
 
 def test_restarts_of_several_machines_are_refused(launch: Launch) -> None:

@@ -12,6 +12,9 @@ import pytest
 
 from .conftest import QUICK, Launch, Running, hear_ctrl_c, running, wait_until
 
+PATIENT = ("--cpu", "--launcher", "{local: {preload: false, grace: 20}}")
+"""For workers that take a while to end, and a machine that is busy."""
+
 SLEEP = "mark('up')\ntime.sleep(60)\n"
 CHILDREN = "import subprocess; mark('child', str(subprocess.Popen(['sleep', '60']).pid))\n"
 
@@ -20,10 +23,10 @@ def agent_of(run: Running) -> int:
     return int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text())
 
 
-def start(launch: Launch, source: str = SLEEP, processes: int = 2) -> tuple[Running, list[int]]:
+def start(launch: Launch, source: str = SLEEP, flags: tuple[str, ...] = QUICK) -> tuple[Running, list[int]]:
     """A run whose workers all sleep, and all its processes but the launcher."""
-    run = launch.start(*QUICK, "--num_processes", str(processes), launch.script(source))
-    return run, [*launch.pids("up", processes), agent_of(run)]
+    run = launch.start(*flags, "--num_processes", "2", launch.script(source))
+    return run, [*launch.pids("up", 2), agent_of(run)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -41,7 +44,7 @@ def test_workers_hear_of_ctrl_c_once_and_may_tidy_up(launch: Launch) -> None:
     except KeyboardInterrupt:
         time.sleep(0.3); print('tidy', flush=True); sys.exit(0)
     """
-    run, others = start(launch, source)
+    run, others = start(launch, source, PATIENT)
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=30) == ("tidy\ntidy\n", "")
     assert (run.returncode, running(others)) == (130, [])
@@ -137,7 +140,7 @@ def test_ctrl_c_in_a_terminal(launch: Launch) -> None:
         import sys
 
         os.execv(
-            sys.executable, [sys.executable, "-m", "accel.cli", "launch", *QUICK, "--num_processes", "2", str(path)]
+            sys.executable, [sys.executable, "-m", "accel.cli", "launch", *PATIENT, "--num_processes", "2", str(path)]
         )
     workers = launch.pids("up", 2)
     os.write(terminal, b"\x03")

@@ -175,14 +175,14 @@ def test_death_of_a_worker_is_told() -> None:
 
 def test_hang_shows_ranks_and_stacks() -> None:
     with pytest.raises(TimeoutError, match="still running at the timeout: rank 1\n") as caught:
-        run(2, hang_here, 1, timeout=0.3)
+        run(2, hang_here, 1, timeout=3)
     assert "in hang_here" in str(caught.value)
     assert "[rank 0]" not in str(caught.value)
 
 
 def test_all_hung_ranks_are_named() -> None:
     with pytest.raises(TimeoutError, match="rank 0, 1\n") as caught:
-        run(2, time.sleep, 30, timeout=0.3)
+        run(2, time.sleep, 30, timeout=1)
     assert str(caught.value).count("most recent call first") == 2
 
 
