@@ -82,7 +82,7 @@ rank = int(os.environ["RANK"])
 """
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     """Wait for a condition to hold; fails the test if it never does."""
     deadline = time.monotonic() + seconds
     while not condition():

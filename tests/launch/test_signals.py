@@ -73,7 +73,7 @@ def test_killed_launcher_leaves_nobody(launch: Launch) -> None:
     run, others = start(launch, CHILDREN + SLEEP)
     children = [int(path.read_text()) for path in launch.folder.glob("child.*")]
     run.kill()
-    wait_until(lambda: not running([*others, *children]), 10)
+    wait_until(lambda: not running([*others, *children]), 30)
 
 
 def test_killed_launcher_and_agent_leave_no_worker(launch: Launch) -> None:
@@ -81,7 +81,7 @@ def test_killed_launcher_and_agent_leave_no_worker(launch: Launch) -> None:
     os.kill(others[-1], signal.SIGSTOP)  # so that it does not notice first
     run.kill()
     os.kill(others[-1], signal.SIGKILL)
-    wait_until(lambda: not running(others), 10)
+    wait_until(lambda: not running(others), 30)
 
 
 def test_killed_agent_leaves_nobody(launch: Launch) -> None:
@@ -90,7 +90,7 @@ def test_killed_agent_leaves_nobody(launch: Launch) -> None:
     out, error = run.communicate(timeout=30)
     assert (run.returncode, out) == (137, "")
     assert error == "accel: the agent, which runs the workers, was killed by SIGKILL\n"
-    wait_until(lambda: not running(others), 10)
+    wait_until(lambda: not running(others), 30)
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.3, 0.6])
@@ -117,7 +117,7 @@ def test_exec_workers_do_not_outlive_the_agent(launch: Launch) -> None:
     run = launch.start("--cpu", "--num_processes", "2", "--launcher", options, launch.script(SLEEP))
     workers = launch.pids("up", 2)
     os.kill(agent_of(run), signal.SIGKILL)
-    wait_until(lambda: not running(workers), 10)
+    wait_until(lambda: not running(workers), 30)
 
 
 def test_ctrl_c_in_a_terminal(launch: Launch) -> None:
