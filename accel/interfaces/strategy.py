@@ -118,6 +118,12 @@ class Strategy:
     def before_forward(self, model: nn.Module) -> None:
         """Called at the start of each outermost forward call of a prepared model."""
 
+    def complete_loss(self, loss: Tensor) -> None:
+        """Called once before each backward pass, with the loss as the user computed it.
+
+        Where only some processes along the axis know its value, this lets the others know.
+        """
+
     def before_backward(self, model: nn.Module, loss: Tensor, exchange: bool) -> Tensor:
         """Called before each backward pass that may reach the model; returns the loss to run it from.
 

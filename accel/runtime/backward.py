@@ -96,6 +96,8 @@ class Backward(Process):
                 "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled one "
                 "would come on top; call every backward of a step before clipping"
             )
+        for strategy in self.strategies:
+            strategy.complete_loss(loss)
         factor = self._loss_factor()
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         self._closing = self._closes()

@@ -7,11 +7,14 @@ that nobody notices.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from accel.errors import PrepareError
 from accel.runtime.shards import Elsewhere
@@ -37,6 +40,17 @@ class _Dispatched:
     origin: str
     """The name of the module or parameter, on another stage, that the values are missing of."""
 
+    hint = (
+        "If it is needed for some inputs only, let strategies.pipeline.example describe such; else choose other stages "
+        "with strategies.pipeline.split"
+    )
+    """What to do about a refusal."""
+
+    @property
+    def missing(self) -> str:
+        """What is missing, for messages."""
+        return f"{self.origin!r}, which is on another stage"
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
@@ -46,7 +60,7 @@ class _Dispatched:
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _dispatch(function, args, kwargs or {})
+        return compute(function, args, kwargs or {})
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise PrepareError(
@@ -61,6 +75,13 @@ class _Dispatched:
 class Absent(_Dispatched, Tensor):  # type: ignore[misc,override]
     """A value of the forward pass that this stage has not."""
 
+    @classmethod
+    def made(cls, meta: Tensor, device: torch.device, origin: str) -> Self:
+        """The absent tensor of this kind, of the shape and dtype of another."""
+        made: Self = torch.Tensor._make_subclass(cls, meta)
+        made._device, made.origin = device, origin
+        return made
+
 
 class AbsentParameter(_Dispatched, Elsewhere):  # type: ignore[misc,override]
     """A parameter that other stages hold."""
@@ -68,7 +89,7 @@ class AbsentParameter(_Dispatched, Elsewhere):  # type: ignore[misc,override]
 
 def absent(shape: Any, dtype: torch.dtype, device: torch.device, origin: str) -> Absent:
     """An absent tensor; `origin` names whose result it is."""
-    return _mark(torch.empty(shape, dtype=dtype, device="meta"), device, origin)
+    return Absent.made(torch.empty(shape, dtype=dtype, device="meta"), device, origin)
 
 
 def absent_parameter(parameter: Tensor, name: str) -> AbsentParameter:
@@ -78,42 +99,67 @@ def absent_parameter(parameter: Tensor, name: str) -> AbsentParameter:
     return made
 
 
-def _mark(meta: Tensor, device: torch.device, origin: str) -> Absent:
-    made: Absent = torch.Tensor._make_subclass(Absent, meta)
-    made._device, made.origin = device, origin
-    return made
-
-
-def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent] = Absent) -> Any:
+    """What an operation on absent tensors makes: absent tensors of this kind, or what needs no values."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Dispatched)]
     device, origin = given[0]._device, given[0].origin
     if function.overloadpacket in FRESH:
         like = torch.empty((), dtype=args[0].dtype, device=device).expand(args[0].shape)
         return function(like, *args[1:], **kwargs)
-    _refuse_writes(function, args, origin)
-    meta_args, meta_kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
-    if meta_kwargs.get("device") is not None:
-        device, meta_kwargs["device"] = torch.device(meta_kwargs["device"]), torch.device("meta")
+    _refuse_writes(function, args, kwargs, given[0])
+    if kwargs.get("device") is not None:
+        device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": torch.device("meta")}
+    leaves, nesting = tree_flatten((args, kwargs))
     try:
-        result = function(*meta_args, **meta_kwargs)
+        result = _shapes(function, nesting, tuple((type(leaf), _Shape.of(leaf)) for leaf in leaves))
     except (RuntimeError, NotImplementedError) as error:
-        raise PrepareError(
-            f"pipeline: {function} needs values of {origin!r}, which is on another stage: {error}. If it is needed "
-            "only for some inputs, let strategies.pipeline.example describe such"
-        ) from error
+        first = given[0]
+        raise PrepareError(f"pipeline: {function} needs values of {first.missing}: {error}. {first.hint}") from error
     if function._schema.is_mutable:
         return args[0]
-    return tree_map_only(Tensor, lambda meta: _mark(meta, device, origin), result)
+    return tree_map_only(_Shape, lambda shape: kind.made(shape.meta(), device, origin), result)
 
 
-def _refuse_writes(function: Any, args: Any, origin: str) -> None:
+def _refuse_writes(function: Any, args: Any, kwargs: Any, lacking: _Dispatched) -> None:
     """Refuse to change a tensor that is here by values that are not."""
-    if function._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], _Dispatched):
+    if any(not isinstance(tensor, _Dispatched) for tensor in written(function, args, kwargs)):
         raise PrepareError(
-            f"pipeline: {function} would write values of {origin!r}, which is on another stage, into a tensor; the "
-            "model cannot be cut between them: choose other stages with strategies.pipeline.split"
+            f"pipeline: {function} would write values of {lacking.missing} into a tensor that is here. {lacking.hint}"
         )
 
 
-def _to_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def written(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The arguments that an operation changes in place."""
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is known of a tensor without its values."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """That of a tensor; anything else is returned as it is."""
+        return cls(value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
+
+    def meta(self) -> Tensor:
+        """A tensor like this, without memory."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+@functools.lru_cache(maxsize=1000)
+def _shapes(function: Any, nesting: TreeSpec, leaves: tuple[tuple[type, Any], ...]) -> Any:
+    """What an operation returns, as shapes; remembered, since torch takes longer to find it than to compute values.
+
+    Leaves come with their types, as 1 and True are equal.
+    """
+    values = [leaf.meta() if isinstance(leaf, _Shape) else leaf for _, leaf in leaves]
+    args, kwargs = tree_unflatten(values, nesting)
+    return tree_map_only(Tensor, _Shape.of, function(*args, **kwargs))

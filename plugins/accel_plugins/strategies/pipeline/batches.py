@@ -92,6 +92,10 @@ class Batch:
         """The tensors of a micro-batch, or of the whole."""
         return [t.detach() for t in self.tensors] if index is None else [parts[index] for parts in self._parts]
 
+    def kind(self, index: int | None) -> Any:
+        """What micro-batches that are alike have in common: the shapes of their tensors."""
+        return tuple(tuple(value.shape) for value in self.values(index))
+
     def arguments(self, values: list[Tensor]) -> Any:
         """Positional and named arguments with these tensors."""
         return put_together(self.skeleton, values)

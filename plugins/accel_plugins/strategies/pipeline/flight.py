@@ -17,6 +17,7 @@ from .absent import Absent
 from .batches import Batch, merge, separate
 from .message import Failure, Message
 from .nest import take_apart
+from .outputs import await_output
 from .schedule import Step, drain, fill, in_flight
 from .stage_pass import Pass
 
@@ -40,22 +41,22 @@ class Flight:
         self._drained = False
 
     def forward(self) -> tuple[Any, list[Tensor], list[bool]]:
-        """Take all micro-batches through the stages; returns the output apart from its tensors, on every process.
+        """Take all micro-batches through the stages; returns the output apart from its tensors, and these.
 
         The last value says which tensors learn. Raises the error of this stage, or PrepareError that names another's.
         """
         model = self.model
         for step in fill(model.rank, model.ranks, model.split.stages, self.batch.count):
             self._send_on(step, self._forward_step(step))
-        said, values = self._end() if model.is_last else (None, [])
-        found = model.wire.broadcast(model.ranks - 1, said, values, self._failure)
+        said, sent = self._end() if model.is_last else (None, [])
+        found = model.wire.broadcast(model.ranks - 1, self.batch.kind(None), said, sent, self._failure)
         model.wire.finish()
         if self._error is not None:
             raise self._error
         if isinstance(found, Failure):
             raise PrepareError(f"pipeline: {found.text}")
-        (skeleton, learns), values = found
-        return skeleton, values, learns
+        (skeleton, learns, stays), sent = found
+        return skeleton, self._with_those_that_stay(stays, sent), learns
 
     def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Take the gradients of the outputs that learn back; returns those of the arguments that want one."""
@@ -107,7 +108,7 @@ class Flight:
     def _receive(self, step: Step) -> Message | Failure:
         if step.stage == 0:
             return Message(int(torch.randint(2**62, ()).item()), [], [], [])
-        found = self.model.wire.receive(self.model.previous, step.stage)
+        found = self.model.wire.receive(self.model.previous, self._way(step.stage, step))
         if isinstance(found, Failure):
             return found
         (calls, learns), payload, seed = found
@@ -118,10 +119,16 @@ class Flight:
         if step.stage == model.split.stages - 1:
             if isinstance(message, Message):
                 self._ends[step.micro_batch] = message
-        elif isinstance(message, Failure):
-            model.wire.fail(model.next, message)
+            return
+        way = self._way(step.stage + 1, step)
+        if isinstance(message, Failure):
+            model.wire.fail(model.next, way, message)
         else:
-            model.wire.send(model.next, step.stage + 1, (message.calls, message.learns), message.payload, message.seed)
+            model.wire.send(model.next, way, (message.calls, message.learns), message.payload, message.seed)
+
+    def _way(self, stage: int, step: Step) -> Any:
+        """The kind of the messages between a stage and the one before it, about micro-batches of this shape."""
+        return stage, self.batch.kind(step.micro_batch)
 
     def _end(self) -> tuple[Any, list[Tensor]]:
         """What follows the last stage, on the whole batch; returns what is to be said of the output, its tensors."""
@@ -145,7 +152,25 @@ class Flight:
             self._outputs = outputs
         else:  # nobody will ask for it
             self._ends, self._tail = {}, None
-        return (skeleton, learns), outputs
+        stays = [(t.shape, t.dtype) if any(learns) and self._stays(t) else None for t in outputs]
+        sent = [tensor for tensor, spec in zip(outputs, stays, strict=True) if spec is None]
+        return (skeleton, learns, stays), sent
+
+    def _stays(self, output: Tensor) -> bool:
+        """Whether only the last stage gets an output while training: numbers go to all."""
+        return self.model.options.outputs == "last" and output.numel() > 1
+
+    def _with_those_that_stay(self, stays: Sequence[Any], sent: Sequence[Tensor]) -> list[Tensor]:
+        """All outputs, as far as this process has them."""
+        model, given = self.model, iter(sent)
+        return [
+            next(given)
+            if spec is None
+            else self._outputs[place]
+            if model.is_last
+            else await_output(spec[0], spec[1], model.device, model.name)
+            for place, spec in enumerate(stays)
+        ]
 
     def _backward_end(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """Backward through what follows the last stage; returns gradients by micro-batch, of what its stage sent."""
@@ -173,9 +198,10 @@ class Flight:
             back = done.backward(sends.payload, ends[step.micro_batch])
         else:
             learning = [t for t, learns in zip(sends.payload, sends.learns, strict=True) if learns]
-            back = done.backward(learning, model.wire.receive_gradients(model.next, learning))
+            way = self._way(step.stage + 1, step)
+            back = done.backward(learning, model.wire.receive_gradients(model.next, way, learning))
         if step.stage:
-            model.wire.send_gradients(model.previous, back)
+            model.wire.send_gradients(model.previous, self._way(step.stage, step), back)
         for place, arrival in done.inputs.items():
             self.batch.add_gradient(place, step.micro_batch, arrival.gradient)
         self._graphs.discard(step)

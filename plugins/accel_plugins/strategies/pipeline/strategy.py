@@ -17,7 +17,7 @@ from accel.errors import PrepareError
 from accel.interfaces import Axis, Strategy
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .engine import StagedModel
 
@@ -43,6 +43,10 @@ class Pipeline(Strategy):
         split: Literal["auto"] | tuple[str, ...] = "auto"
         """Names of the first block of each further stage; by default stages take equal time and memory."""
 
+        outputs: Literal["all", "last"] = "all"
+        """Stages that get the output of a forward that learns; with `last`, accelerator.backward(loss) tells others
+        the loss."""
+
         example: Mapping[str, Any] = setting({})
         """Inputs to try the model out on, by argument of forward: `tokens: int64[2, 8] < 100`; by default made up."""
 
@@ -62,6 +66,12 @@ class Pipeline(Strategy):
         check_model(model, self.options)
         self._models[model] = StagedModel(model, self)
 
+    def complete_loss(self, loss: Tensor) -> None:
+        if self._models and self.options.outputs == "last":
+            from .outputs import tell_loss
+
+            tell_loss(loss, next(iter(self._models.values())).wire)
+
     def after_backward(self, model: nn.Module, exchange: bool) -> None:
         if model in self._models:
             self._models[model].share_buffers()
@@ -73,6 +83,11 @@ class Pipeline(Strategy):
             raise PrepareError(
                 "loss.backward(): the other strategies do not see when the pipeline is drained; call "
                 "accelerator.backward(loss)"
+            )
+        if self.options.outputs == "last":
+            raise PrepareError(
+                "loss.backward(): under strategies.pipeline.outputs: last the last stage tells the loss to the others "
+                "in accelerator.backward(loss); call that"
             )
         self.after_backward(model, exchange=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from accel.runtime.blocks import has_parameters
 from accel.runtime.nested import tensors
 
-from .absent import FRESH
+from .absent import FRESH, written
 from .nest import take_apart
 from .parts import Stage
 
@@ -167,7 +167,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.found.reads.append((len(self.found.calls), read))
         known = {_key(tensor) for tensor in given}
         self._here.memory += sum(t.untyped_storage().nbytes() for t in made if _key(t) not in known)
-        for tensor in [*made, *_written(function, args, kwargs)]:
+        for tensor in [*made, *written(function, args, kwargs)]:
             self._add(tensor, read)
         return result
 
@@ -222,14 +222,6 @@ class _Returned:
 
 def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _written(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The arguments that an operation changes in place."""
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 class _Clock:

@@ -1,14 +1,16 @@
 """Messages between processes: forth along the stages, gradients back, and the output from the last to all.
 
-A message is three numbers, a text where it differs from the last on this way, and its tensors. The text tells the
-shapes, so that they may change from one micro-batch to the next; while they do not, a message is its tensors and
-24 bytes.
+A message is tensors, a text that tells their shapes and what they are, and a header of two numbers. The text is sent
+where it differs from that of the last message of this kind. While it does not, all is one transfer: the tensors, and
+16 bytes behind them.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +20,47 @@ from torch import Tensor
 from .message import Failure
 
 _SAME, _NEW, _FAILED = range(3)
+_HEADER = 16
+_ALIGNED = 64
+"""Bytes to a multiple of which tensors begin, as kernels like it."""
+
+_MANY = 1000
+"""Kinds of message that are remembered."""
 
 
 class _Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class _Form(NamedTuple):
+    """What messages of one kind were like last: their text, and how they are laid out."""
+
+    said: bytes
+    text: Any
+    specs: tuple[_Spec, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each tensor begins, and then the header."""
+        ends = accumulate((_round_up(spec.bytes, _ALIGNED) for spec in self.specs[:-1]), initial=0)
+        if not self.specs:
+            return [0]
+        found = list(ends)
+        return [*found, _round_up(found[-1] + self.specs[-1].bytes, 8)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of a message."""
+        return self.starts[-1] + _HEADER
+
+
+_BARE = _Form(b"", None, ())
 
 
 class Wire:
@@ -32,47 +70,36 @@ class Wire:
         self.group, self.device = group, device
         self.sent = 0
         self._waiting: list[tuple[Any, Tensor]] = []
-        self._texts: dict[Any, bytes] = {}
+        self._forms: dict[Any, dict[Any, _Form]] = {}
 
     def send(self, to: int, way: Any, text: Any, tensors: Sequence[Tensor], seed: int = 0) -> None:
         """Send tensors and what is to be said of them; `way` names the kind of message, alike on both ends."""
-        said = pickle.dumps((text, [_Spec(tuple(t.shape), t.dtype) for t in tensors]))
-        header, body = self._header(("out", to, way), said, seed)
-        for tensor in [header, *body, *tensors]:
-            self._send(to, tensor)
+        for part in self._encode(("to", to), way, text, tensors, seed):
+            self._send(to, part)
 
-    def fail(self, to: int, failure: Failure) -> None:
+    def fail(self, to: int, way: Any, failure: Failure) -> None:
         """Send, instead of a message, that there is none."""
-        body = self._bytes(failure.text.encode())
-        self._send(to, self._numbers(_FAILED, body.numel(), 0))
-        self._send(to, body)
+        for part in self._encode_failure(("to", to), way, failure):
+            self._send(to, part)
 
     def receive(self, source: int, way: Any) -> tuple[Any, list[Tensor], int] | Failure:
         """What was said, the tensors and the seed; or that the stage failed."""
-        kind, length, seed = self._receive(source, _Spec((3,), torch.int64)).tolist()
-        body = bytes(self._receive(source, _Spec((length,), torch.uint8)).tolist()) if length else b""
-        if kind == _FAILED:
-            return Failure(body.decode())
-        text, specs = pickle.loads(self._remember(("in", source, way), body))
-        return text, [self._receive(source, spec) for spec in specs], seed
+        return self._decode(("from", source), way, lambda size: self._receive(source, _Spec((size,), torch.uint8)))
 
-    def send_gradients(self, to: int, gradients: Sequence[Tensor | None]) -> None:
+    def send_gradients(self, to: int, way: Any, gradients: Sequence[Tensor | None]) -> None:
         """Send the gradients of tensors that were received from there; None where there is none."""
         if gradients:
-            self._send(to, torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=self.device))
-            for gradient in gradients:
-                if gradient is not None:
-                    self._send(to, gradient)
+            present = [gradient is not None for gradient in gradients]
+            self.send(to, ("back", way), present, [gradient for gradient in gradients if gradient is not None])
 
-    def receive_gradients(self, source: int, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    def receive_gradients(self, source: int, way: Any, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of tensors that were sent there."""
         if not tensors:
             return []
-        flags = self._receive(source, _Spec((len(tensors),), torch.uint8)).tolist()
-        return [
-            self._receive(source, _Spec(tuple(t.shape), t.dtype)) if flag else None
-            for flag, t in zip(flags, tensors, strict=True)
-        ]
+        found = self.receive(source, ("back", way))
+        assert not isinstance(found, Failure)
+        present, gradients = found[0], iter(found[1])
+        return [next(gradients) if there else None for there in present]
 
     def send_tensor(self, to: int, tensor: Tensor) -> None:
         """Send one tensor, of which the other knows the shape."""
@@ -82,29 +109,25 @@ class Wire:
         """Receive one tensor of the shape and dtype of another."""
         return self._receive(source, _Spec(tuple(like.shape), like.dtype))
 
-    def broadcast(self, source: int, text: Any, tensors: Sequence[Tensor], failure: Failure | None) -> Any:
+    def broadcast(self, source: int, way: Any, text: Any, tensors: Sequence[Tensor], failure: Failure | None) -> Any:
         """What `source` brings, on all: text and tensors, or its failure; all processes along the pipeline."""
-        mine = self.group.rank() == source
-        header, body = self._numbers(0, 0, 0), list[Tensor]()
-        if mine and failure is None:
-            said = pickle.dumps((text, [_Spec(tuple(t.shape), t.dtype) for t in tensors]))
-            header, body = self._header(("broadcast",), said, 0)
-        elif mine and failure is not None:
-            body = [self._bytes(failure.text.encode())]
-            header = self._numbers(_FAILED, body[0].numel(), 0)
-        kind, length, _ = self._broadcast(source, header).tolist()
-        said = b""
-        if length:
-            found = self._broadcast(
-                source, body[0] if mine else torch.empty(length, dtype=torch.uint8, device=self.device)
-            )
-            said = bytes(found.tolist())
-        if kind == _FAILED:
-            return Failure(said.decode())
-        text, specs = pickle.loads(self._remember(("broadcast",), said))
-        if not mine:
-            tensors = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
-        return text, [self._broadcast(source, tensor) for tensor in tensors]
+        ends = ("all", source)
+        if self.group.rank() != source:
+            found = self._decode(ends, way, lambda size: self.share(source, self._empty(size)))
+            return found if isinstance(found, Failure) else found[:2]
+        parts = self._encode_failure(ends, way, failure) if failure else self._encode(ends, way, text, tensors, 0)
+        for part in parts:
+            self.share(source, part)
+        return failure or (text, tensors)
+
+    def share(self, source: int, tensor: Tensor) -> Tensor:
+        """A tensor of `source`, on all processes along the pipeline; the others give one of its shape and dtype."""
+        tensor = tensor.detach().contiguous()
+        if tensor.numel():
+            if self.group.rank() == source:
+                self.sent += tensor.numel() * tensor.element_size()
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
 
     def finish(self) -> None:
         """Wait until everything has been sent."""
@@ -112,19 +135,59 @@ class Wire:
             work.wait()
         self._waiting.clear()
 
-    def _header(self, way: Any, said: bytes, seed: int) -> tuple[Tensor, list[Tensor]]:
-        if self._texts.get(way) == said:
-            return self._numbers(_SAME, 0, seed), []
-        self._texts[way] = said
-        return self._numbers(_NEW, len(said), seed), [self._bytes(said)]
+    def _encode(self, ends: Any, way: Any, text: Any, tensors: Sequence[Tensor], seed: int) -> Iterator[Tensor]:
+        """The transfers that make up a message."""
+        specs = tuple(_Spec(tuple(t.shape), t.dtype) for t in tensors)
+        said, last = pickle.dumps((text, specs)), self._form(ends, way)
+        if last.said != said:
+            yield self._packed(last, [], _NEW, len(said))
+            yield self._bytes(said)
+            last = self._remember(ends, way, _Form(said, text, specs))
+        yield self._packed(last, tensors, _SAME, seed)
 
-    def _remember(self, way: Any, said: bytes) -> bytes:
-        if said:
-            self._texts[way] = said
-        return self._texts[way]
+    def _encode_failure(self, ends: Any, way: Any, failure: Failure) -> Iterator[Tensor]:
+        said = failure.text.encode()
+        yield self._packed(self._form(ends, way), [], _FAILED, len(said))
+        yield self._bytes(said)
 
-    def _numbers(self, kind: int, length: int, seed: int) -> Tensor:
-        return torch.tensor([kind, length, seed], dtype=torch.int64, device=self.device)
+    def _decode(self, ends: Any, way: Any, pull: Callable[[int], Tensor]) -> tuple[Any, list[Tensor], int] | Failure:
+        """What a message says; `pull` gets the next so many bytes of it."""
+        form = self._form(ends, way)
+        packed = pull(form.size)
+        kind, number = self._header(packed)
+        if kind == _FAILED:
+            return Failure(bytes(pull(number).tolist()).decode())
+        if kind == _NEW:
+            said = bytes(pull(number).tolist())
+            form = self._remember(ends, way, _Form(said, *pickle.loads(said)))
+            packed = pull(form.size)
+            _, number = self._header(packed)
+        return form.text, [_view(packed, *each) for each in zip(form.starts, form.specs, strict=False)], number
+
+    def _packed(self, form: _Form, tensors: Sequence[Tensor], kind: int, number: int) -> Tensor:
+        """One transfer of the form: the tensors, or none, and the header."""
+        packed, starts = self._empty(form.size), form.starts
+        for start, spec, tensor in zip(starts, form.specs, tensors, strict=False):
+            _view(packed, start, spec).copy_(tensor.detach())
+        packed[-_HEADER:].view(torch.int64).copy_(torch.tensor([kind, number]))
+        return packed
+
+    def _header(self, packed: Tensor) -> list[int]:
+        found: list[int] = packed[-_HEADER:].view(torch.int64).tolist()
+        return found
+
+    def _form(self, ends: Any, way: Any) -> _Form:
+        return self._forms.get(ends, {}).get(way, _BARE)
+
+    def _remember(self, ends: Any, way: Any, form: _Form) -> _Form:
+        known = self._forms.setdefault(ends, {})
+        if len(known) >= _MANY:  # both ends forget at the same message
+            known.clear()
+        known[way] = form
+        return form
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _bytes(self, said: bytes) -> Tensor:
         return torch.frombuffer(bytearray(said), dtype=torch.uint8).to(self.device)
@@ -141,10 +204,13 @@ class Wire:
             dist.recv(tensor, group=self.group, group_src=source)
         return tensor
 
-    def _broadcast(self, source: int, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().contiguous()
-        if tensor.numel():
-            if self.group.rank() == source:
-                self.sent += tensor.numel() * tensor.element_size()
-            dist.broadcast(tensor, group=self.group, group_src=source)
-        return tensor
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _view(packed: Tensor, start: int, spec: _Spec) -> Tensor:
+    """A tensor in a message, with a version of its own: the others in it do not change where this is changed."""
+    whole = torch.empty(0, dtype=spec.dtype, device=packed.device)
+    strides = torch.empty(spec.shape, device="meta").stride()
+    return whole.set_(packed.untyped_storage(), start // spec.dtype.itemsize, spec.shape, strides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 
 import pytest
 import torch
@@ -95,13 +96,14 @@ def test_each_schedule_trains_as_one_process(schedule):
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_four_stages(schedule):
-    options = {"micro_batches": 4, "schedule": schedule}
+    options = {"micro_batches": 4, "schedule": schedule, "outputs": "last"}
     assert_close(run(4, train_cases, ["gpt", "transformer", "shared"], references(), options, timeout=100))
 
 
 @pytest.mark.parametrize("other", ["ddp", "zero2", "zero3"])
 def test_beside_a_strategy_on_the_data_axis(other):
     options = {"size": 2, "micro_batches": 2, "schedule": "1f1b" if other == "zero3" else "gpipe"}
+    options["outputs"] = "last" if other == "zero2" else "all"
     others = {other: {} if other == "ddp" else {"minimum_size": 0}}
     assert_close(run(4, train_cases, ["gpt", "shared"], references(), options, others, timeout=100))
 
@@ -145,8 +147,8 @@ def test_1f1b_keeps_few_micro_batches():
     assert run(4, in_flight, "1f1b", 6) == [4, 3, 2, 1]
 
 
-def sent_bytes():
-    accelerator, model, _ = prepared("deep gpt", {"micro_batches": 4})
+def sent_bytes(outputs):
+    accelerator, model, _ = prepared("deep gpt", {"micro_batches": 4, "outputs": outputs})
     case, staged = CASES["deep gpt"], accelerator.strategies[0].staged(model)
     accelerator.backward(loss_of(case, model, case.batch(0, 8)))
     before = staged.wire.sent
@@ -154,13 +156,62 @@ def sent_bytes():
     return staged.wire.sent - before
 
 
-def test_bytes_are_those_of_the_hidden_states():
-    """Once shapes are known: hidden states forth, gradients back, outputs, tied gradients, and headers of 24 bytes."""
-    hidden, logits, tied = 8 * 6 * WIDTH * 4, 8 * 6 * 37 * 4, 37 * WIDTH * 4
-    first, middle, _, last = run(4, sent_bytes)
-    assert first == hidden + tied + 4 * 24
-    assert middle == 2 * hidden + 4 * 24 + 4
-    assert last == hidden + tied + logits + 4 + 24
+@pytest.mark.parametrize("outputs", ["all", "last"])
+def test_bytes_are_those_of_the_hidden_states(outputs):
+    """Once shapes are known: hidden states forth, gradients back, tied gradients, 16 bytes a message, and the end."""
+    hidden, logits, tied, headers = 8 * 6 * WIDTH * 4, 8 * 6 * 37 * 4, 37 * WIDTH * 4, 4 * 16
+    first, middle, _, last = run(4, sent_bytes, outputs)
+    assert first == hidden + headers + tied
+    assert middle == 2 * (hidden + headers)
+    assert last == hidden + headers + tied + 16 + (logits if outputs == "all" else 4)
+
+
+ASKED = {
+    "a number": lambda logits: logits.mean().item(),
+    "a choice": lambda logits: bool((logits > 0).any()),
+    "text": lambda logits: f"{logits.mean():.2f}",
+    "an array": lambda logits: logits.detach().numpy(),
+    "a file": lambda logits: torch.save(logits, io.BytesIO()),
+    "which": lambda logits: logits[logits > 0],
+    "written": lambda logits: torch.zeros(()).add_(logits.mean()),
+    "written to several": lambda logits: torch._foreach_add_([torch.zeros(())], [logits.mean()]),
+}
+
+
+def log_and_ask():
+    """What a loop logs, before backward and after; and what is said to questions about the outputs."""
+    accelerator, model, optimizer = prepared("gpt", {"outputs": "last"})
+    case, losses, before, after = CASES["gpt"], [], 0, 0
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(case, model, case.batch(step, 8))
+        before += loss.detach().float()
+        accelerator.backward(loss)
+        after += loss.detach()
+        optimizer.step()
+        assert f"{loss:.3f}" == f"{loss.detach().numpy():.3f}" == f"{loss.tolist():.3f}"
+        losses.append(loss.item())
+    logits = model(**case.batch(3, 8))
+    answers = [answer(question, logits) for question in ASKED.values()]
+    case.loss(logits, case.batch(3, 8)).backward()
+    return losses, [before.item(), after.item()], answers, answer(lambda _: optimizer.step(), None)
+
+
+def answer(question, logits):
+    try:
+        question(logits)
+    except PrepareError as error:
+        return str(error)
+    return ""
+
+
+def test_with_outputs_on_the_last_stage_the_loss_is_known_to_all():
+    expected = train_plainly("gpt", steps=3).losses
+    for rank, (losses, sums, answers, bare) in enumerate(run(2, log_and_ask)):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert sums == pytest.approx([sum(expected)] * 2, rel=1e-5)
+        assert ["outputs: all" in told for told in answers] == [rank == 0] * len(ASKED)
+        assert "accelerator.backward(loss)" in bare
 
 
 def bf16_losses():
