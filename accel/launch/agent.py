@@ -14,10 +14,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from ..config import CONFIG_VARIABLE, Config, current_config
 from ..errors import AccelError
+from ..interfaces.launcher import Command
 from ..plan import Plan
 from . import environment, failures, signals
 from .job import Job
@@ -100,11 +102,20 @@ def _warm_up(job: Job, config: Config) -> bool:
     device = plan.find_device().plugin.type
     if device != "cpu":
         environment.drop_allocator_settings()
-    if forks and plan.processes_per_machine > 2 * environment.cores():
-        importlib.import_module("torch._dynamo")  # the first optimizer of each worker would
+    if forks and plan.processes_per_machine > 1:
+        _import_for_all(job.command, crowded=plan.processes_per_machine > 2 * environment.cores())
     gc.freeze()  # what is here now stays: forks need not look at it, and so share its memory
     gc.enable()
     return forks and not _initialised(device)
+
+
+def _import_for_all(command: Command, crowded: bool) -> None:
+    """Import what each worker of this command would. Where it may be in vain, only if workers are many to a core."""
+    trains = not command.module and b"accel" in Path(command.target).read_bytes()
+    if trains:
+        importlib.import_module("accel.compat.accelerator")
+    if trains or crowded:
+        importlib.import_module("torch._dynamo")  # the first optimizer would
 
 
 def _make_workers(maker: Maker, forks: bool, output: Prefixed | None) -> list[Worker]:

@@ -30,7 +30,7 @@ PRELOADED = (
     "torch.nn.parallel.distributed",
     "torch.distributed.device_mesh",
     "torch.utils.data",
-    "accel.accelerator",
+    "accel.compat.accelerator",
     "accel.testing.training",
 )
 """What the warm process has imported before it forks."""

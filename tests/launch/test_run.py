@@ -43,6 +43,12 @@ def test_forked_workers_find_torch_imported(launch: Launch) -> None:
     assert launch.run(*QUICK, "--num_processes", "2", script).stdout == "False\nFalse\n"
 
 
+def test_scripts_that_name_accel_find_it_imported(launch: Launch) -> None:
+    for names, found in ((["torch._dynamo"], "False"), (["torch._dynamo", "accel.accelerator"], "True True")):
+        script = launch.script(f"print(*(name in sys.modules for name in {names}))")
+        assert launch.run("--cpu", "--num_processes", "2", script).stdout == f"{found}\n" * 2
+
+
 def test_environment_of_workers(launch: Launch) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS MALLOC_TRIM_THRESHOLD_"
     script = launch.script(f"print(*(os.environ[name] for name in {names.split()}), os.environ['MASTER_PORT'] != '0')")
