@@ -5,10 +5,11 @@
 
 The state is a model's weights and Adam's two moments. Ours is divided by zero3, as is that of torch's distributed
 checkpoint; torch.save and Accelerate write a whole one from the first process. Rows take turns, round after round, so
-that what the machine does to one it does to all; shown are medians, and their ratio to the raw disk's. Every save is
+that what the machine does to one it does to all; shown are medians, and ratios of medians. Every save is
 on disk before its time ends. Loads are measured twice: from the disk, after the page cache was told to forget the
-files, and from the page cache, after they were read once. `copy` is of the state, within memory. What a load should
-take is at most the raw read and that copy. Peers that are not installed are left out.
+files, and from the page cache, after they were read once. Ours, Accelerate's and torch.load's go into memory in use.
+`copy` is of the state, within memory; loads are compared with the raw read and that copy. Peers that are not installed
+are left out.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,13 @@ class Row:
 
     name: str
     act: Callable[[], Any]
-    base: str = ""
-    """The row that it is compared with."""
+    base: Sequence[str] = ()
+    """The rows with whose sum it is compared."""
 
     files: Path | None = None
     cached: bool = False
+    before: Callable[[], Any] = lambda: None
+    """What all ranks do before, untimed."""
 
 
 class Contenders:
@@ -72,11 +76,20 @@ class Contenders:
         tensors = [t for named in self.state.values() for t in named.values()]
         self.local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
         self.copies = [t.clone() for t in self.local]
+        self.weights = [torch.ones(1024, 1024, requires_grad=True) for _ in range(8)]
 
     def _trained(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         size = int((self.megabytes * 1e6 / 4 / 3 / 8) ** 0.5)
         model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(8)])
         return model, torch.optim.Adam(model.parameters())
+
+    def compute(self) -> None:
+        """Some 13 GFLOP on each process, in less time than a save takes."""
+        x = torch.ones(256, 1024, requires_grad=True)
+        y = x
+        for weight in self.weights:
+            y = y @ weight
+        y.sum().backward()
 
     def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for parameter in model.parameters():
@@ -90,22 +103,31 @@ class Contenders:
         alone = not self.several
         accelerator = self.accelerator
         yield Row("dd, flushed", lambda: self.main and self.dd())
-        yield Row("accel save_state", lambda: accelerator.save_state(ours), "dd, flushed")
-        yield Row("  stall if blocking=False", lambda: accelerator.save_state(ours, blocking=False), "accel save_state")
-        yield Row("  and the wait for it", lambda: accelerator._checkpoints.wait())
-        yield Row("torch.save", lambda: self.main and self.torch_save(), "dd, flushed")
-        yield Row("DCP", lambda: dcp.save(self.state, checkpoint_id=theirs, no_dist=alone), "dd, flushed")
+        yield Row("accel save_state", lambda: accelerator.save_state(ours), ["dd, flushed"])
+        yield Row(
+            "  stall if blocking=False", lambda: accelerator.save_state(ours, blocking=False), ["accel save_state"]
+        )
+        yield Row("  and the wait for it", accelerator._checkpoints.wait)
+        yield Row("forward and backward", self.compute)
+        behind = partial(accelerator.save_state, ours, blocking=False)
+        yield Row("  while a save is written", self.compute, ["forward and backward"], before=behind)
+        yield Row("  and the wait for it, then", accelerator._checkpoints.wait)
+        yield Row("torch.save", lambda: self.main and self.torch_save(), ["dd, flushed"])
+        yield Row("DCP", lambda: dcp.save(self.state, checkpoint_id=theirs, no_dist=alone), ["dd, flushed"])
         for cached, where in ((False, "disk"), (True, "page cache")):
             read = f"raw read, {where}"
-            yield Row(read, lambda: self.main and self.read(), "", raw, cached)
+            yield Row(read, lambda: self.main and self.read(), [], raw, cached)
             if not cached:
                 yield Row("copy", self.copy)
-            yield Row(f"accel load_state, {where}", lambda: accelerator.load_state(ours), read, ours, cached)
-            yield Row(f"torch.load, {where}", lambda: self.main and self.torch_load(), read, self.folder / "pt", cached)
+            should = [read, "copy"]
+            yield Row(f"accel load_state, {where}", lambda: accelerator.load_state(ours), should, ours, cached)
+            yield Row(
+                f"torch.load, {where}", lambda: self.main and self.torch_load(), should, self.folder / "pt", cached
+            )
             yield Row(
                 f"DCP load, {where}",
                 lambda: dcp.load(self.state, checkpoint_id=theirs, no_dist=alone),
-                read,
+                should,
                 theirs,
                 cached,
             )
@@ -124,10 +146,10 @@ class Contenders:
             if self.main:
                 flush(folder)
 
-        yield Row("accelerate save_state", save, "dd, flushed")
+        yield Row("accelerate save_state", save, ["dd, flushed"])
         for cached, where in ((False, "disk"), (True, "page cache")):
             load = f"accelerate load_state, {where}"
-            yield Row(load, lambda: peer.load_state(str(folder)), f"raw read, {where}", folder, cached)
+            yield Row(load, lambda: peer.load_state(str(folder)), [f"raw read, {where}", "copy"], folder, cached)
 
     def dd(self) -> None:
         """The disk alone: as many bytes into a new file, flushed."""
@@ -185,16 +207,17 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[str, list[float]]]:
+def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[Sequence[str], list[float]]]:
     """The seconds of each row, and the row that it is compared with, after a round that does not count; all ranks."""
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that it overwrites, as it should here
     contenders = Contenders(folder, megabytes)
-    times: dict[str, tuple[str, list[float]]] = {}
+    times: dict[str, tuple[Sequence[str], list[float]]] = {}
     rows = list(contenders.rows())
     for count in range(rounds + 1):
         for row in rows:
             if row.files and contenders.main:
                 (read_all if row.cached else forget)(row.files)
+            row.before()
             seconds = timed(row.act, contenders.several)
             if count:
                 times.setdefault(row.name, (row.base, []))[1].append(seconds)
@@ -230,11 +253,12 @@ def resume(folder: Path, batch: int) -> float:
     return statistics.median(timed(first, False) for _ in range(5))
 
 
-def show(times: dict[str, tuple[str, list[float]]]) -> None:
+def show(times: dict[str, tuple[Sequence[str], list[float]]]) -> None:
     for name, (base, seconds) in times.items():
         median = statistics.median(seconds)
-        ratio = f"{median / statistics.median(times[base][1]):5.2f} x {base}" if base else ""
-        print(f"  {name:34} {median:7.3f} s   {ratio}")
+        ratio = median / sum(statistics.median(times[row][1]) for row in base) if base else 0.0
+        compared = f"{ratio:5.2f} x {' + '.join(base)}" if base else ""
+        print(f"  {name:34} {median:7.3f} s   {compared}")
 
 
 def main() -> None:

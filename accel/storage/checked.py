@@ -7,7 +7,6 @@ put them aside would cost more: to be given memory by the system takes longer th
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .direct import STEP
 from .disk import CHUNK, Geometry, Range, Reader
 from .files import naming
 from .manifest import Problem, check
@@ -81,12 +79,11 @@ class CheckedReader:
         return self._run([step for step in self._steps if step.used])
 
     def _run(self, steps: Sequence[Step]) -> Iterator[Problem]:
-        own = threading.local()
         with Reader(self.folder) as reader, ThreadPoolExecutor(THREADS) as pool:
             for file in {step.range.file for step in steps}:
                 with naming(self.folder / file, "read"):
                     reader.open(file)
-            yield from filter(None, pool.map(lambda step: _carry_out(step, reader, own), steps))
+            yield from filter(None, pool.map(lambda step: _carry_out(step, reader), steps))
 
     def _want_stretch(self, file: str, geometry: Geometry, memory: memoryview, used: bool) -> None:
         start, stop = geometry.offset, geometry.offset + geometry.size
@@ -112,27 +109,16 @@ class CheckedReader:
         self._steps.append(Step(self.ranges[i], memory, skip, used))
 
 
-def _carry_out(step: Step, reader: Reader, own: threading.local) -> Problem | None:
-    """`own` is of this thread."""
-    memory = step.memory
-    if memory is None:
-        memory = _scratch(min(step.range.total, STEP), own)
-    elif step.skip is not None:
-        memory = _scratch(step.range.total, own)
-    if not step.range.checksum:
+def _carry_out(step: Step, reader: Reader) -> Problem | None:
+    partly = step.memory is not None and step.skip is not None
+    memory = reader.scratch(step.range.total) if partly else step.memory
+    if memory is not None and not step.range.checksum:
         reader.read(step.range.file, step.range, memory)
         return None
     problem = check(reader, step.range, memory)
-    if step.memory is not None and step.skip is not None:
+    if step.memory is not None and step.skip is not None and memory is not None:
         step.memory[:] = memory[step.skip : step.skip + len(step.memory)]
     return problem
-
-
-def _scratch(size: int, own: threading.local) -> memoryview:
-    if len(getattr(own, "memory", b"")) < size:
-        own.memory = memoryview(bytearray(max(size, STEP)))
-    memory: memoryview = own.memory[:size]
-    return memory
 
 
 def _geometry(r: Range) -> Geometry:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from .files import Files, naming
 
 CHUNK = 16 << 20
 """The most bytes that one checksum stands for."""
+
+PIECE = 1 << 20
+"""Bytes that stay in the processor's cache while their checksum is added up."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,19 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 
 
 class Reader(Files):
-    """Reads from the files of a folder."""
+    """Reads from the files of a folder, in any number of threads once they are open."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._own = threading.local()
+
+    def scan(self, file: str, run: Geometry, see: Callable[[memoryview], object], buffer: memoryview | None) -> None:
+        """Show one run of bytes, piece by piece; read into a buffer if there is one. Errors as `read`."""
+        for start in range(0, run.size, PIECE):
+            stop = min(start + PIECE, run.size)
+            piece = self.scratch(stop - start) if buffer is None else buffer[start:stop]
+            self.read(file, Geometry(run.offset + start, stop - start), piece)
+            see(piece)
 
     def read(self, file: str, geometry: Geometry, buffer: memoryview) -> None:
         """Fill a buffer of `geometry.total` bytes. Raises CheckpointError if the file ends before."""
@@ -74,6 +90,13 @@ class Reader(Files):
             handle = self.open(file)
             for i, offset in enumerate(geometry.runs()):
                 self._fill(handle, file, buffer[i * geometry.size : (i + 1) * geometry.size], offset)
+
+    def scratch(self, size: int) -> memoryview:
+        """Memory of this thread, which is used over again."""
+        if len(getattr(self._own, "memory", b"")) < size:
+            self._own.memory = memoryview(bytearray(size))
+        memory: memoryview = self._own.memory[:size]
+        return memory
 
     def _fill(self, handle: int, file: str, buffer: memoryview, offset: int) -> None:
         done = 0

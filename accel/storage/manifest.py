@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .direct import STEP
-from .disk import Checksum, Range, Reader, Writer, checksum
+from .disk import CHUNK, Checksum, Range, Reader, Writer, checksum
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -73,10 +72,9 @@ class Manifest:
 
     def problems(self, folder: Path, share: int = 0, shares: int = 1) -> Iterator[Problem]:
         """Read one of several equal shares of all bytes, and tell where they are not what was written."""
-        buffer = memoryview(bytearray(STEP))
         with Reader(folder) as reader:
             for r in self._share(share, shares):
-                if problem := check(reader, r, buffer[: r.total]):
+                if problem := check(reader, r):
                     yield problem
 
     def _share(self, share: int, shares: int) -> Iterator[Range]:
@@ -88,16 +86,13 @@ class Manifest:
             before += r.total
 
 
-def check(reader: Reader, r: Range, memory: memoryview) -> Problem | None:
-    """Read a range and compare it with its checksum; into memory of its size, or into less that is used over again."""
+def check(reader: Reader, r: Range, memory: memoryview | None = None) -> Problem | None:
+    """Read a range and compare it with its checksum; into memory of its size, or only to look at it."""
     digest, done = Checksum(), 0
     try:
-        for stretch in r.stretches(STEP):
-            start = done if len(memory) == r.total else 0
-            part = memory[start : start + stretch.size]
-            reader.read(r.file, stretch, part)
-            digest.update(part)
-            done += stretch.size
+        for run in r.stretches(CHUNK):
+            reader.scan(r.file, run, digest.update, memory and memory[done : done + run.size])
+            done += run.size
     except CheckpointError as error:
         return Problem(r.file, r.tensor, str(error.__cause__ or "ends too early"))
     if digest.hexdigest() != r.checksum:

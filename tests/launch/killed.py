@@ -95,8 +95,9 @@ def main(folder: Path, name: str) -> None:
                 steps.done += accelerator.sync_gradients
             if random.Random(loader.state_dict()["samples"][0]).random() < 0.4:  # also amid a window
                 accelerator.save_state()
+    state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        weights = b"".join(tensor.numpy().tobytes() for tensor in state.values())
         (folder / "hash").write_text(hashlib.sha256(weights).hexdigest())
 
 

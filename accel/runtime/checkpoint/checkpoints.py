@@ -26,7 +26,7 @@ from .fit import Differences
 from .load import Skipped, load, load_weights, plan_weights
 from .memory import fresh
 from .read import Parts
-from .write import Work, plan, plan_tensors, write
+from .write import Layout, Work, plan, plan_layout, plan_work, write
 
 
 class Checkpoints:
@@ -41,6 +41,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._buffer: Tensor | None = None
+        self._layout: Layout | None = None
 
     def save(self, folder: Path | None, state: State, blocking: bool) -> Path:
         """Write a checkpoint; returns its folder. Not blocking, it returns when the state has been copied."""
@@ -49,7 +50,7 @@ class Checkpoints:
         numbered = folder is None
         folder = folder or self.exchange.from_main(lambda: storage.next_folder(self.home))
         contents = collect(state)
-        work = plan(folder, contents, state, self.format, self.exchange)
+        work, self._layout = plan(folder, contents, state, self.format, self.exchange, self._layout)
         facts = {"step": state.step, "created": round(time.time(), 3), "processes": self.world.size}
         if blocking:
             self._write(work, facts, numbered)
@@ -69,9 +70,7 @@ class Checkpoints:
         self.exchange.connect()
         if folder is None:
             return self._load_newest(state, strict)
-        given = folder
-        folder = self.exchange.from_main(lambda: storage.find(given))
-        return folder, load(folder, state, self.format, self.exchange, strict)
+        return load(folder, state, self.format, self.exchange, strict)
 
     def fill(self, state: dict[str, Any]) -> None:
         """Replace what is on the meta device in a state dict, as others hold it, by copies of theirs."""
@@ -84,8 +83,8 @@ class Checkpoints:
         self.exchange.connect()
         contents = Contents()
         collect_model(contents, 0, model)
-        tables = self.exchange.together(contents.table)
-        work = plan_tensors(folder / "model", tables, contents, self.format, largest, self.world.rank)
+        tables, rank = self.exchange.together(contents.table), self.world.rank
+        work = plan_work(folder / "model", plan_layout(tables, ["model"], self.format, largest, rank), contents, rank)
         write(work, lambda ranges: storage.commit_files(folder, folder / "model", "model"), self.exchange)
 
     def load_model(self, folder: Path, model: nn.Module, strict: bool) -> Differences:
@@ -110,7 +109,7 @@ class Checkpoints:
 
     def forget(self) -> None:
         """Give back the memory for snapshots; one that is being written keeps its own until it is."""
-        self._buffer = None
+        self._buffer = self._layout = None
 
     def _write(self, work: Work, facts: dict[str, Any], numbered: bool) -> None:
         def finish(ranges: Sequence[Range]) -> None:
@@ -154,7 +153,7 @@ class Checkpoints:
         passed = []
         for folder in self.exchange.from_main(lambda: storage.newest_first(self.home)):
             try:
-                return folder, load(folder, state, self.format, self.exchange, strict)
+                return load(folder, state, self.format, self.exchange, strict)
             except DamagedError as error:
                 passed.append(str(error))
                 if self.world.rank == 0:

@@ -17,6 +17,7 @@ from ...interfaces import Precision
 from ..loader import PreparedLoader
 from ..optimizer import optimizer_part
 from ..pack import pack
+from ..shards import Elsewhere
 from .ownership import Held
 from .parts import box_of, entry_of
 
@@ -66,16 +67,20 @@ class Contents:
     tensors: dict[str, dict[str, tuple[Tensor, bool]]] = field(default_factory=dict)
     small: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    divided: bool = False
+    """Whether optimizers here have parameters that only other processes hold."""
 
     def scattered(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """The plain state of optimizers, which is only of the parameters held here, and the tensors it refers to."""
+        """The plain state of optimizers, if it is only of the parameters held here, and the tensors it refers to."""
+        if not self.divided:
+            return [], {}
         states = [optimizer["state"] for optimizer in self.values["optimizers"]]
         prefixes = tuple(f"{group_of('optimizer', index)}.state." for index in range(len(states)))
         return states, {name: tensor for name, tensor in self.small.items() if name.startswith(prefixes)}
 
     def add_scattered(self, states: Sequence[Mapping[str, Any]], small: Mapping[str, Tensor]) -> None:
         """Take over another process's plain state of optimizers, for the parameters that it holds."""
-        for optimizer, state in zip(self.values["optimizers"], states, strict=True):
+        for optimizer, state in zip(self.values["optimizers"], states, strict=False):
             optimizer["state"] = {**state, **optimizer["state"]}
         self.small = {**small, **self.small}
 
@@ -181,6 +186,7 @@ def _collect_optimizer(
     """Add an optimizer's tensors to the contents as `PARAMETER.KEY`; returns the plain values."""
     names, saved, group = parameter_names(optimizer, models), optimizer.state_dict(), group_of("optimizer", index)
     tensors = contents.tensors.setdefault(group, {})
+    contents.divided |= any(isinstance(p, Elsewhere) for g in optimizer.param_groups for p in g["params"])
     rest: dict[str, dict[Any, Any]] = {}
     for place, kept in saved["state"].items():
         for key, value in kept.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from .. import collectives
 from ..world import World
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Exchange:
@@ -32,25 +35,29 @@ class Exchange:
 
     def gather(self, value: T) -> list[T]:
         """What each rank has, by rank; all ranks. Raises CheckpointError if a process is gone."""
-        try:
+        with _losing():
             return collectives.gather_object(value, self._group)
-        except RuntimeError as error:
-            raise CheckpointError(f"a process was lost before the checkpoint was complete: {error}") from error
 
     def together(self, act: Callable[[], T], failure: type[CheckpointError] = CheckpointError) -> list[T]:
         """Let each rank act, and return every rank's result, which can be pickled; all ranks.
 
         If any of them fails, all raise `failure` with what went wrong where: nobody waits for who has failed.
         """
-        return self._share(act, lambda result: result, failure)[1]
+        return self.tell(act, lambda result: result, failure)[1]
 
     def each(self, act: Callable[[], T]) -> T:
         """Let each rank act, and return its own result; all ranks. Errors as in `together`."""
-        return self._share(act, lambda result: None, CheckpointError)[0]
+        return self.tell(act, lambda result: None)[0]
 
     def from_main(self, act: Callable[[], T], failure: type[CheckpointError] = CheckpointError) -> T:
         """Let rank 0 act, and return its result on all ranks; errors as in `together`."""
-        return self.together(lambda: act() if self.world.rank == 0 else None, failure)[0]  # type: ignore[return-value]
+        attempt = _attempt(act) if self.world.rank == 0 else None
+        with _losing():
+            own = (attempt.result, attempt.failure) if attempt else ([], "")
+            results, text = collectives.broadcast_object(own, self._group)
+        if text:
+            raise failure(text) from (attempt.cause if attempt else None)
+        return results[0]
 
     def fill(self, state: dict[str, Any]) -> None:
         """Replace tensors on the meta device by CPU copies of those of the first process that has them; all ranks."""
@@ -63,20 +70,41 @@ class Exchange:
                 state[name] = torch.empty_like(value, device="cpu") if value.is_meta else value
                 dist.broadcast(state[name], group=self._group, group_src=having[0])
 
-    def _share(
-        self, act: Callable[[], T], told: Callable[[T], Any], kind: type[CheckpointError]
-    ) -> tuple[T, list[Any]]:
-        outcome: list[T] = []
-        failure, cause = "", None
-        try:
-            outcome.append(act())
-        except Exception as error:  # noqa: BLE001 - it is raised on all ranks
-            known = isinstance(error, AccelError)
-            cause, failure = error, str(error) if known else f"{type(error).__name__}: {error}"
-        outcomes = self.gather((None if failure else told(outcome[0]), failure))
+    def tell(
+        self, act: Callable[[], T], told: Callable[[T], U], kind: type[CheckpointError] = CheckpointError
+    ) -> tuple[T, list[U]]:
+        """Let each rank act, and return its own result and what each rank tells of its own; else as `together`."""
+        attempt = _attempt(act)
+        outcomes = self.gather(([told(result) for result in attempt.result], attempt.failure))
         failures = {rank: text for rank, (_, text) in enumerate(outcomes) if text}
         if not failures:
-            return outcome[0], [value for value, _ in outcomes]
+            return attempt.result[0], [value for values, _ in outcomes for value in values]
         if len(set(failures.values())) == 1:
-            raise kind(next(iter(failures.values()))) from cause
-        raise kind("; ".join(f"rank {rank}: {text}" for rank, text in failures.items())) from cause
+            raise kind(next(iter(failures.values()))) from attempt.cause
+        raise kind("; ".join(f"rank {rank}: {text}" for rank, text in failures.items())) from attempt.cause
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[T]):
+    """What came of it: one result, or none and why."""
+
+    result: list[T]
+    failure: str = ""
+    cause: Exception | None = None
+
+
+def _attempt(act: Callable[[], T]) -> Attempt[T]:
+    try:
+        return Attempt([act()])
+    except Exception as error:  # noqa: BLE001 - it is raised on all ranks
+        known = isinstance(error, AccelError)
+        return Attempt([], str(error) if known else f"{type(error).__name__}: {error}", error)
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    """Say what it means if the others cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(f"a process was lost before the checkpoint was complete: {error}") from error

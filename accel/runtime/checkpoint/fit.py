@@ -18,6 +18,7 @@ FOREIGN = {
     "pytorch_model.bin": "a pickled model; torch.load it and call model.load_state_dict before prepare()",
     "pytorch_model.bin.index.json": "a pickled model in parts; its own library can save it as safetensors",
     "latest": "DeepSpeed; its zero_to_fp32.py makes weights of it",
+    "pytorch_model_fsdp_0": "sharded by Hugging Face Accelerate; accelerate merge-weights makes safetensors of it",
     "optimizer.bin": "Hugging Face Accelerate; load_model() reads its weights, its optimizer state is pickled",
 }
 """Files by which folders of other libraries are known, and what to do with them."""
@@ -42,7 +43,12 @@ class Differences:
     @property
     def untouched(self) -> list[str]:
         """Keys here that get no value from the folder."""
-        return [*self.missing, *(description.partition(" ")[0] for description in self.shapes)]
+        return [*self.missing, *self.reshaped]
+
+    @property
+    def reshaped(self) -> list[str]:
+        """Keys that have other shapes here."""
+        return [description.partition(" ")[0] for description in self.shapes]
 
     def describe(self) -> str:
         """All of it in a sentence."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +31,49 @@ Skipped = dict[str, Differences]
 """What `strict=False` has left as it was, by group of tensors."""
 
 
-def load(folder: Path, state: State, format: Checkpoint, exchange: Exchange, strict: bool) -> Skipped:
-    """Take over a checkpoint; all ranks. Nothing changes if it is damaged or does not fit.
+def load(name: Path, state: State, format: Checkpoint, exchange: Exchange, strict: bool) -> tuple[Path, Skipped]:
+    """Take over the checkpoint of this name; all ranks. Returns where it is, and what was skipped.
 
-    Raises DamagedError, naming the file and the tensor if it can be told, or CheckpointError naming what differs.
+    Nothing changes if it is damaged or does not fit. Raises DamagedError, naming the file and the tensor if it can be
+    told, or CheckpointError naming what differs.
     """
-    manifest = _open(folder, exchange, lambda r: not r.tensor or r.file.startswith(SMALL))
-    values = exchange.from_main(lambda: json.loads((folder / VALUES).read_bytes()))
+
+    def begin() -> tuple[Path, Manifest, Any]:
+        folder = storage.find(name)
+        manifest = _open(folder, lambda r: not r.tensor or r.file.startswith(SMALL))
+        return folder, manifest, json.loads((folder / VALUES).read_bytes())
+
+    folder, manifest, values = exchange.from_main(begin, DamagedError)
     parts = Parts(folder, [r for r in manifest.ranges if r.tensor and not r.file.startswith(SMALL)])
-    plans, skipped = exchange.each(lambda: _plan(parts, values, state, format, strict))
+    plans, skipped = parts.ask(lambda: _plan(parts, values, state, format, strict), exchange)
     parts.fill(exchange)
-    exchange.each(parts.replace)
-    exchange.each(lambda: _apply(folder, values, state, format, plans, exchange.world.rank))
-    return skipped
+
+    def take_over() -> None:
+        parts.replace()
+        _apply(folder, values, state, format, plans, exchange.world.rank)
+
+    exchange.each(take_over)
+    return folder, skipped
 
 
 def load_weights(folder: Path, model: nn.Module, format: Checkpoint, exchange: Exchange, strict: bool) -> Differences:
     """Take over the weights of a model from any folder that the format reads; all ranks. Errors as in `load`."""
-    ranges: list[Range] = []
-    if exchange.from_main(lambda: (folder / storage.MANIFEST).exists()):
-        manifest = _open(folder, exchange, lambda r: not r.tensor and r.file.startswith("model"))
-        ranges = [r for r in manifest.ranges if r.tensor and r.file.startswith("model")]
-    parts = Parts(folder, ranges)
+
+    def begin() -> list[Range]:
+        if not (folder / storage.MANIFEST).exists():
+            return []
+        manifest = _open(folder, lambda r: not r.tensor and r.file.startswith("model"))
+        return [r for r in manifest.ranges if r.tensor and r.file.startswith("model")]
+
+    parts = Parts(folder, exchange.from_main(begin, DamagedError))
     plan, differences = plan_weights(parts, model, format, exchange, strict)
     parts.fill(exchange)
-    exchange.each(parts.replace)
-    exchange.each(plan)
+
+    def take_over() -> None:
+        parts.replace()
+        plan()
+
+    exchange.each(take_over)
     return differences
 
 
@@ -77,20 +93,18 @@ def plan_weights(
             hint = foreign(folder)
             raise CheckpointError(f"{error}; {hint}") if hint else error from None
 
-    return exchange.each(ask)
+    return parts.ask(ask, exchange)
 
 
-def _open(folder: Path, exchange: Exchange, first: Callable[[Range], bool]) -> Manifest:
+def _open(folder: Path, first: Callable[[Range], bool]) -> Manifest:
     """The manifest of a complete checkpoint, of which those ranges have been checked that say where the others are.
 
-    All ranks, each a share. Raises DamagedError.
+    Rank 0 only. Raises CheckpointError.
     """
-    manifest = exchange.from_main(lambda: complete(folder), DamagedError)
+    manifest = complete(folder)
     heads = Manifest(manifest.sizes, [r for r in manifest.ranges if first(r)])
-    world = exchange.world
-    found = exchange.together(lambda: list(islice(heads.problems(folder, world.rank, world.size), 1)), DamagedError)
-    for problem in (problem for some in found for problem in some):
-        raise DamagedError(f"{folder / str(problem)}; load another checkpoint")
+    for problem in heads.problems(folder):
+        raise CheckpointError(f"{folder / str(problem)}; load another checkpoint")
     return manifest
 
 
@@ -104,14 +118,16 @@ def _plan(
     check_counts(folder, {kind: len(values[kind]) for kind in here}, here)
     check_pickles(values["registered"], list(state.registered))
     small = SavedTensors(folder, format.places(folder, SMALL))
-    plans = {}
+    plans, reshaped = {}, set[int]()
     for index, model in enumerate(state.models):
         group = group_of("model", index)
         plans[group] = plan_model(parts, format.places(folder, group), model, strict)
+        reshaped |= {id(p) for name, p in model.named_parameters() if name in plans[group][1].reshaped}
     for index, optimizer in enumerate(state.optimizers):
         group, names = group_of("optimizer", index), parameter_names(optimizer, state.models)
         saved = {key: unpack(value, small) for key, value in values["optimizers"][index].items()}
-        plans[group] = plan_optimizer(parts, format.places(folder, group), saved, optimizer, names, strict)
+        places = format.places(folder, group)
+        plans[group] = plan_optimizer(parts, places, saved, optimizer, names, reshaped, strict)
     skipped = {group: differences for group, (_, differences) in plans.items() if differences}
     return [plan for plan, _ in plans.values()], skipped
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,20 @@ def plan_optimizer(
     values: Mapping[str, Any],
     optimizer: Optimizer,
     names: list[str],
+    reshaped: Collection[int],
     strict: bool,
 ) -> tuple[Callable[[], None], Differences]:
     """Asks for this process's parts; a function that takes them over, and what it will skip.
 
     Raises CheckpointError for the latter if strict. `values` are what `collect` kept of the optimizer, `names` those
-    of its parameters here.
+    of its parameters here; the state of those with the ids `reshaped` is left out, as it would not fit them.
     """
     folder, saved = parts.folder, {name for group in values["groups"] for name in group["params"]}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     differences = Differences(
-        missing=[name for name in names if name not in saved], unexpected=sorted(saved - set(names))
+        missing=[name for name in names if name not in saved],
+        unexpected=sorted(saved - set(names)),
+        shapes=[name for name, parameter in zip(names, parameters, strict=True) if id(parameter) in reshaped],
     )
     kind = type(optimizer).__name__
     if values["class"] != kind:
@@ -50,7 +54,8 @@ def plan_optimizer(
             f"{folder}: does not fit this {kind}: parameters {differences.describe()}; {differences.advice()}"
         )
     groups = _groups(folder, values["groups"], optimizer, names)
-    wanted = _wanted(parts, places, optimizer, names)
+    fitting = {full: place for full, place in places.items() if full.rpartition(".")[0] not in differences.shapes}
+    wanted = _wanted(parts, fitting, optimizer, names)
 
     def load() -> None:
         state = _state(wanted, values["state"], names)

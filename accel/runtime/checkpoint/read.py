@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from ...storage import CheckedReader, Geometry, Problem, Range, Reader
 from .exchange import Exchange
 from .memory import fresh
 from .parts import Box, as_bytes, geometries, item_size
+
+T = TypeVar("T")
 
 
 class Parts:
@@ -29,6 +32,8 @@ class Parts:
     def __init__(self, folder: Path, ranges: Sequence[Range] = ()) -> None:
         self.folder = folder
         self._reader = CheckedReader(folder, ranges)
+        self._asked: list[bytes] = []
+        """For each rank, which ranges it will check."""
 
     def part(self, place: Place, box: Box, local: Tensor | None) -> Tensor:
         """A part of a tensor as it was saved, on the CPU: `local` itself after `replace`, if it can hold it.
@@ -49,13 +54,17 @@ class Parts:
         """All of a tensor; empty before `fill`."""
         return self.part(place, Box((0,) * len(place.entry.shape), place.entry.shape), None)
 
+    def ask(self, plan: Callable[[], T], exchange: Exchange) -> T:
+        """Let each rank plan, which asks for its parts, and return its own result; all ranks."""
+        result, self._asked = exchange.tell(plan, lambda _: bytes(self._reader.checks))
+        return result
+
     def fill(self, exchange: Exchange) -> None:
-        """Read and check the parts, and share the work of checking what no process wants; all ranks.
+        """Read and check the parts, and share the work of checking what no process wants; all ranks, after `ask`.
 
         Raises DamagedError on all ranks, naming the file and the tensor, and then nothing in use has changed.
         """
-        checks = exchange.together(lambda: bytes(self._reader.checks))
-        others = [i for i, marks in enumerate(zip(*checks, strict=True)) if not any(marks)]
+        others = [i for i, marks in enumerate(zip(*self._asked, strict=True)) if not any(marks)]
         mine = others[exchange.world.rank :: exchange.world.size]
         found = exchange.together(lambda: list(islice(self._reader.read(mine), 1)), DamagedError)
         self._raise_for(problem for some in found for problem in some)

@@ -15,6 +15,7 @@ from ...interfaces import Checkpoint, Entry, File, Place
 from ...storage import Geometry, Range, Writer
 from .contents import SMALL, Contents, State, collect_random
 from .exchange import Exchange
+from .memory import copy_bytes
 from .ownership import Duty, Held, all_entries, duties
 from .parts import as_bytes, box_of, entry_of, geometries, item_size, local_of
 
@@ -38,6 +39,12 @@ class Piece:
             return self.copy
         return as_bytes(local_of(self.tensor).contiguous())[self.duty.start : self.duty.stop].cpu()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the bytes are there without a copy."""
+        local = local_of(self.tensor)
+        return local.device.type == "cpu" and local.is_contiguous()
+
     def geometries(self) -> Iterable[Geometry]:
         """Where they go in the file."""
         held = self.duty.held
@@ -56,11 +63,16 @@ class Work:
 
     def copy(self, buffer: Tensor) -> None:
         """Take a snapshot: from now on the tensors may change. The buffer has `size` bytes."""
-        done = 0
+        done, ready = 0, []
         for piece in self.pieces:
-            size = piece.duty.stop - piece.duty.start
-            piece.copy = buffer[done : done + size].copy_(piece.bytes())
-            done += size
+            target = buffer[done : done + piece.duty.stop - piece.duty.start]
+            if piece.is_ready:
+                ready.append((target, piece.bytes()))
+            else:
+                target.copy_(piece.bytes())
+            piece.copy = target
+            done += len(target)
+        copy_bytes(ready)
 
     @property
     def size(self) -> int:
@@ -68,11 +80,34 @@ class Work:
         return sum(piece.duty.stop - piece.duty.start for piece in self.pieces)
 
 
-def plan(folder: Path, contents: Contents, state: State, format: Checkpoint, exchange: Exchange) -> Work:
-    """Agree on the layout of a checkpoint; all ranks."""
+@dataclass(frozen=True)
+class Layout:
+    """Who writes what where, for as long as every process holds the same: `groups` and `held` are this process's.
+
+    `files` are those of models and optimizers, on all ranks; `duties` are this process's.
+    """
+
+    groups: Sequence[str]
+    held: Sequence[Held]
+    files: Sequence[File]
+    duties: Sequence[tuple[Place, Duty]]
+
+
+def plan(
+    folder: Path, contents: Contents, state: State, format: Checkpoint, exchange: Exchange, last: Layout | None
+) -> tuple[Work, Layout]:
+    """Agree on the layout of a checkpoint, which is that of the last if nothing has changed; all ranks."""
     rank = exchange.world.rank
-    told = exchange.together(lambda: (contents.table(), collect_random(state, rank), contents.scattered()))
-    work = plan_tensors(folder, [table for table, _, _ in told], contents, format, LARGEST_FILE, rank)
+
+    def look() -> tuple[list[Held], Any]:
+        held = contents.table()
+        changed = last is None or (last.groups, last.held) != ([*contents.tensors], held)
+        return held, (changed, collect_random(state, rank), contents.scattered())
+
+    (held, _), told = exchange.tell(look, lambda looked: looked[1])
+    if last is None or any(changed for changed, _, _ in told):
+        last = plan_layout(exchange.gather(held), [*contents.tensors], format, LARGEST_FILE, rank)
+    work = plan_work(folder, last, contents, rank)
     if rank == 0:
         contents.values["random"] = [random for _, (random, _), _ in told]
         for _, (_, tensors), scattered in told:
@@ -81,21 +116,29 @@ def plan(folder: Path, contents: Contents, state: State, format: Checkpoint, exc
         pieces, files = _small_files(contents.small, contents.values, format)
         work.pieces.extend(pieces)
         work.files.extend(files)
-    return work
+    return work, last
 
 
-def plan_tensors(
-    folder: Path, tables: Sequence[Sequence[Held]], contents: Contents, format: Checkpoint, largest: int, rank: int
-) -> Work:
-    """The files of models and optimizers, and this process's pieces of them; the same layout on all ranks."""
+def plan_layout(
+    tables: Sequence[Sequence[Held]], names: Sequence[str], format: Checkpoint, largest: int, rank: int
+) -> Layout:
+    """The layout of models and optimizers, from what each rank holds; `names` are of groups, which may be empty."""
     groups = {held.group: list[Entry]() for table in tables for held in table} | all_entries(tables)
-    layouts = {group: format.layout(group, groups.get(group, []), largest) for group in {**contents.tensors, **groups}}
+    layouts = {
+        group: format.layout(group, groups.get(group, []), largest) for group in {**dict.fromkeys(names), **groups}
+    }
+    files = [file for files in layouts.values() for file in files]
     places = {(group, p.entry.name): p for group, files in layouts.items() for file in files for p in file.places}
-    pieces = []
-    for duty in duties(tables, rank):
-        group, name = duty.held.group, duty.held.entry.name
-        pieces.append(Piece(places[group, name], duty, contents.tensors[group][name][0]))
-    return Work(folder, [file for files in layouts.values() for file in files] if rank == 0 else [], pieces)
+    own = [(places[duty.held.group, duty.held.entry.name], duty) for duty in duties(tables, rank)]
+    return Layout(names, tables[rank], files, own)
+
+
+def plan_work(folder: Path, layout: Layout, contents: Contents, rank: int) -> Work:
+    """The files of models and optimizers, which rank 0 makes, and this process's pieces of them."""
+    pieces = [
+        Piece(place, duty, contents.tensors[duty.held.group][duty.held.entry.name][0]) for place, duty in layout.duties
+    ]
+    return Work(folder, list(layout.files) if rank == 0 else [], pieces)
 
 
 def write(work: Work, finish: Callable[[list[Range]], None], exchange: Exchange) -> None:

@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, Place]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             places = {name: _place(path.name, name, facts, 8 + length) for name, facts in header.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error

@@ -142,3 +142,29 @@ def test_the_memory_of_a_snapshot_is_given_back(tmp_path: Path) -> None:
     accelerator.end_training()
     assert buffer() is None
     assert (tmp_path / "c" / "manifest.json").exists()
+
+
+def test_the_layout_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is true: an optimizer without state has its file, too, and state is written once there is some."""
+    from accel.runtime.checkpoint import write
+
+    real, calls = write.plan_layout, []
+    monkeypatch.setattr(write, "plan_layout", lambda *arguments: calls.append(1) or real(*arguments))
+    accelerator, net, optimizer = prepared({})
+    counts = []
+
+    def save_and_load() -> None:
+        accelerator.save_state(tmp_path / "c", blocking=False)
+        before = whole(net, optimizer, accelerator)
+        accelerator.load_state(tmp_path / "c")
+        assert whole(net, optimizer, accelerator).keys() == before.keys()
+        counts.append(len(calls))
+
+    save_and_load()
+    train(accelerator, net, optimizer)
+    save_and_load()
+    train(accelerator, net, optimizer)
+    save_and_load()
+    accelerator.prepare(torch.optim.SGD(net.head.parameters()))
+    save_and_load()
+    assert counts == [1, 2, 2, 3]

@@ -158,6 +158,28 @@ def test_optimizers_that_do_not_fit(tmp_path: Path) -> None:
     assert torch.equal(some.state[model.head.weight]["exp_avg"], saved["head.weight.exp_avg"])
 
 
+def test_state_of_parameters_with_other_shapes_is_left_out(tmp_path: Path) -> None:
+    """It would be taken for theirs at the next step: an average of shape [2] for a bias of shape [1]."""
+    made = []
+    for width in (2, 1):
+        torch.manual_seed(0)
+        accelerator, model = Accelerator(), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, width))
+        made.append(accelerator.prepare(model, torch.optim.Adam(model.parameters())))
+        if width == 2:
+            step(accelerator, *made[0])
+            accelerator.save_state(tmp_path / "c")
+    with pytest.warns(UserWarning, match="other shapes") as told:
+        accelerator.load_state(tmp_path / "c", strict=False)
+    assert [str(warning.message).partition("/c: ")[2] for warning in told] == [
+        "model: other shapes: 1.weight is (2, 2), here (1, 2), 1.bias is (2,), here (1,)",
+        "optimizer: other shapes: 1.weight, 1.bias",
+    ]
+    (old, kept), (new, optimizer) = made
+    assert list(optimizer.state) == [new[0].weight, new[0].bias]
+    assert torch.equal(optimizer.state[new[0].weight]["exp_avg"], kept.state[old[0].weight]["exp_avg"])
+    step(accelerator, new, optimizer)
+
+
 def fresh(make: Callable[[Net], torch.optim.Optimizer]) -> tuple[Accelerator, Net, torch.optim.Optimizer]:
     accelerator, model = Accelerator(), Net()
     return accelerator, *accelerator.prepare(model, make(model))
