@@ -34,6 +34,7 @@ UNWATCHED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> Iterator[None]:
     """Let workers find imported what most tests import; end the warm process with the session."""
+    gc.freeze()  # what is imported by now stays: nobody need look for garbage among it
     shared_processes().modules += [
         "pytest",
         *(found.name for found in walk_packages(accel_plugins.__path__, "accel_plugins.")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from .. import registry
@@ -30,7 +30,8 @@ _SIMPLE: Mapping[Any, dict[str, Any]] = {
 
 def schema() -> dict[str, Any]:
     """The whole schema. Raises PluginError for a plugin that cannot be used."""
-    definitions = {kind: _choice(kind) for kind in registry.KINDS}
+    listings = list(registry.listings())
+    definitions = {kind: _choice(kind, [each for each in listings if each.kind == kind]) for kind in registry.KINDS}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "accel config",
@@ -90,9 +91,9 @@ def _sequence(origin: Any, arguments: tuple[Any, ...], kind: str | None) -> dict
     return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
 
 
-def _choice(kind: str) -> dict[str, Any]:
+def _choice(kind: str, listings: Sequence[registry.Listing]) -> dict[str, Any]:
     """A plugin of a kind: its name, if that is enough, or its name with options."""
-    summaries = {entry.name: entry.summary for entry in registry.listings() if entry.kind == kind}
+    summaries = {listing.name: listing.summary for listing in listings}
     alone = [name for name in summaries if not _dataclass(registry.load(kind, name).Options).get("required")]
     with_options = {
         "type": "object",

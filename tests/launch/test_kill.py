@@ -42,7 +42,7 @@ def train(launch: Launch, name: str, layout: Layout, kill: str) -> int:
     processes, strategy = layout
     flags = ("--cpu", "--num_processes", str(processes), "--strategies", strategy)
     run = launch.start(*flags, SCRIPT, launch.folder, name, env={"KILL": kill}, start_new_session=True)
-    _, error = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=120)
     assert run.returncode == 0 or kill != "none", error
     assert "Error" not in error or kill != "none", error
     return run.returncode
