@@ -18,6 +18,7 @@ from .nest import put_together
 from .plan import make_plan
 from .streams import Streams
 from .tied import Tied
+from .weights import Weights
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class StagedModel:
         self.rank, self.ranks, self.device = strategy.mesh.index, strategy.mesh.size, strategy.device
         self.name = type(model).__name__
         self.recomputes = strategy.options.schedule == "1f1b"
+        self.weights_wait = strategy.options.schedule == "zero_bubble"
         self.micro_batches = strategy.options.micro_batches or 2 * self.ranks
         self.streams, self.wire = Streams(self.device), Wire(strategy.mesh.group, self.device)
         broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], strategy.mesh.group)
@@ -45,6 +47,7 @@ class StagedModel:
         model.forward = functools.wraps(self.own_forward)(lambda *args, **kwargs: self.forward(*args, **kwargs))
         self.peak = 0
         """Most micro-batches whose graph this process has held at once."""
+        self._together: dict[int, str] = {}
 
     @property
     def is_last(self) -> bool:
@@ -95,7 +98,20 @@ class StagedModel:
         for name, holders in self.holders.items():
             if len(holders) > 1:
                 told[name] = f"on processes {', '.join(map(str, holders))} of the pipeline, whose gradients are summed"
+        for stage, said in self._together.items():
+            told["the end" if stage == last else f"stage {stage}"] = said
         return told
+
+    def note_backward(self, stage: int, weights: Weights | None) -> None:
+        """Remember of the first backward through a stage which gradients did not wait, for `describe`."""
+        if not self.weights_wait or stage in self._together or not stage:
+            return
+        if weights is None:
+            self._together[stage] = "backward in one: a compiled or recomputed part runs once only"
+            return
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        found = [names.get(id(leaf), "a part of a sharded one") for leaf in weights.together if leaf.dim() > 1]
+        self._together[stage] = "gradients of weights wait" + (f", but not of {', '.join(found)}" if found else "")
 
     def owner_of(self, parameter: nn.Parameter) -> int | None:
         """The first process along the pipeline that holds a parameter; None if it is not of this model."""

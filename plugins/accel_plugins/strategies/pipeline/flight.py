@@ -18,8 +18,9 @@ from .batches import Batch, merge, separate
 from .message import Failure, Message
 from .nest import take_apart
 from .outputs import await_output
-from .schedule import Step, drain, fill, in_flight
+from .schedule import Step, drain, fill, in_flight, weights_waiting
 from .stage_pass import Pass
+from .weights import Weights
 
 if TYPE_CHECKING:
     from .engine import StagedModel
@@ -39,6 +40,7 @@ class Flight:
         self._failure: Failure | None = None
         self._error: Exception | None = None
         self._drained = False
+        self._waiting: deque[tuple[Step, Weights]] = deque()
 
     def forward(self) -> tuple[Any, list[Tensor], list[bool]]:
         """Take all micro-batches through the stages; returns the output apart from its tensors, and these.
@@ -67,14 +69,16 @@ class Flight:
             )
         self._drained = True
         model = self.model
-        ends = self._backward_end(gradients) if model.is_last else []
         steps = drain(model.rank, model.ranks, model.split.stages, self.batch.count)
         ahead = deque(steps)
         with model.tied.collecting():
+            ends = self._backward_end(gradients) if model.is_last else []
             for step in steps:
                 while model.recomputes and ahead and len(self._graphs) < in_flight(model.rank, model.ranks):
                     self._recompute(ahead.popleft())
                 self._backward_step(step, ends)
+                self._backward_weights(weights_waiting(model.rank))
+            self._backward_weights(0)
             model.wire.finish()
         return self.batch.gradients(model.wire.group)
 
@@ -177,8 +181,8 @@ class Flight:
         tail = self._tail
         assert tail is not None
         outputs = [tensor for tensor in self._outputs if tensor.requires_grad]
-        with self.model.tied.collecting(exchange=False):
-            found = iter(tail.backward(outputs, gradients))
+        found = iter(tail.backward(outputs, gradients))
+        self._finish_step(Step(self.model.split.stages, 0), tail)
         merged = [next(found) if learns else None for learns in self._merged.learns]
         for place, arrival in tail.inputs.items():
             self.batch.add_gradient(place, None, arrival.gradient)
@@ -204,7 +208,22 @@ class Flight:
             model.wire.send_gradients(model.previous, self._way(step.stage, step), back)
         for place, arrival in done.inputs.items():
             self.batch.add_gradient(place, step.micro_batch, arrival.gradient)
-        self._graphs.discard(step)
+        self._finish_step(step, done)
+
+    def _finish_step(self, step: Step, done: Pass) -> None:
+        """Let go of a graph whose backward is through, or keep it for the gradients of its weights."""
+        if done.weights is None:
+            self._graphs.discard(step)
+        else:
+            self._waiting.append((step, done.weights))
+        self.model.note_backward(step.stage, done.weights)
+
+    def _backward_weights(self, waiting: int) -> None:
+        """Compute gradients of weights until no more than `waiting` steps wait for it."""
+        while len(self._waiting) > waiting:
+            step, weights = self._waiting.popleft()
+            weights.backward()
+            self._graphs.discard(step)
 
     def _note_graph(self, step: Step) -> None:
         self._graphs.add(step)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .message import Message
 from .nest import put_together
 from .run import Run
+from .weights import Weights, backward_to
 
 if TYPE_CHECKING:
     from .engine import StagedModel
@@ -22,11 +23,11 @@ class Arrival:
     def __init__(self, value: Tensor) -> None:
         self.value = value
         self.gradient: Tensor | None = None
+        self.anchor = torch.zeros((), requires_grad=True)
 
     def tensor(self) -> Tensor:
         """The value as this process computes with it; it may be changed in place."""
-        anchor = torch.zeros((), requires_grad=True)
-        arrived: Tensor = _Arrive.apply(anchor, self)  # type: ignore[no-untyped-call]
+        arrived: Tensor = _Arrive.apply(self.anchor, self)  # type: ignore[no-untyped-call]
         return arrived
 
 
@@ -61,6 +62,7 @@ class Pass:
         self.learning = learning
         self.inputs: dict[int, Arrival] = {}
         self.sends: Message | None = None
+        self.weights: Weights | None = None
         self._arrivals: list[Arrival] = []
         self._states = model.streams.states()
 
@@ -87,10 +89,15 @@ class Pass:
             self.model.streams.restore(now)
 
     def backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Backward from gradients of some of the tensors that this made; returns those of what arrived and learns."""
+        """Backward from gradients of some of the tensors that this made; returns those of what arrived and learns.
+
+        Where the schedule lets gradients of weights wait, `weights` is what is left to do.
+        """
         known = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None and t.requires_grad]
         if known:
-            torch.autograd.backward([t for t, _ in known], [g for _, g in known])
+            waiting = [*self._arrivals, *self.inputs.values()] if self.model.weights_wait else []
+            ends = [arrival.anchor for arrival in waiting]
+            self.weights = backward_to(ends, [t for t, _ in known], [g for _, g in known])
         return [arrival.gradient for arrival in self._arrivals]
 
     def _arrive(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,7 @@
 """Pipeline parallel: each process holds some consecutive blocks of the model and passes micro-batches on.
 
 Made for the ordinary loop (GPipe, Huang et al. 2019; PipeDream's 1F1B, Narayanan et al. 2019; interleaved stages,
-Narayanan et al. 2021). The model is neither traced nor exported: each stage runs the user's own forward, in which
+Narayanan et al. 2021; gradients of weights put off, Qi et al. 2023). The model is neither traced nor exported: each stage runs the user's own forward, in which
 parts of other stages do not compute.
 """
 
@@ -36,9 +36,10 @@ class Pipeline(Strategy):
         micro_batches: int | None = setting(None, minimum=1)
         """Parts of each batch that are under way at once; by default twice the processes along the pipeline."""
 
-        schedule: Literal["gpipe", "1f1b", "interleaved"] = "gpipe"
+        schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "gpipe"
         """gpipe keeps the activations of all micro-batches; 1f1b computes them again in backward, of few at a time;
-        interleaved gives each process several stages, which shortens the wait for the first micro-batch."""
+        interleaved gives each process several stages, which shortens the wait for the first micro-batch; zero_bubble
+        passes gradients on before it computes those of the weights."""
 
         split: Literal["auto"] | tuple[str, ...] = "auto"
         """Names of the first block of each further stage; by default stages take equal time and memory."""

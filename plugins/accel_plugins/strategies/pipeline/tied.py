@@ -36,14 +36,14 @@ class Tied:
             self._places[name][0].register_forward_pre_hook(self._watch_module)
 
     @contextlib.contextmanager
-    def collecting(self, exchange: bool = True) -> Iterator[None]:
-        """Inside, gradients of these parameters are collected; then all get their sums, if `exchange`."""
+    def collecting(self) -> Iterator[None]:
+        """Inside, gradients of these parameters are collected; then all get their sums."""
         self._collects = True
         try:
             yield
         finally:
             self._collects = False
-        if exchange and self.holders:
+        if self.holders:
             self._exchange()
 
     def watch(self) -> None:

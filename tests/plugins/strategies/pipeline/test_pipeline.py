@@ -87,7 +87,7 @@ def assert_close(results):
             assert found < TOLERANCE, f"{name} on rank {rank}"
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
 def test_each_schedule_trains_as_one_process(schedule):
     options = {"micro_batches": 4, "schedule": schedule}
     names = ["gpt", "skips", "shared"] if schedule == "interleaved" else list(CASES)
