@@ -15,18 +15,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel import Accelerator
 from accel.runtime.world import World
 from accel.testing import run
 
-FORWARD, BACKWARD = 0.01, 0.02
-"""Seconds that a block takes for a micro-batch."""
+SECONDS = 0.01
+"""What a block takes for a micro-batch in forward, for the gradient of its input, and for that of its weight."""
 
 WIDTH, BLOCKS, STEPS = 64, 8, 3
-TORCH: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+TORCH: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+}
+"""Torch takes the loss of each micro-batch by itself, so that its zero bubble waits `(p - 1) / (3 m + p - 1)`."""
 
 
 class _Sleep(torch.autograd.Function):
@@ -37,12 +49,12 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
-        _sleep(FORWARD * seconds)
+        _sleep(SECONDS * seconds)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        _sleep(BACKWARD * ctx.seconds)
+        _sleep(SECONDS * ctx.seconds)
         return gradients[0], None
 
 
@@ -58,6 +70,7 @@ class Block(nn.Module):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch, self.layer = batch, nn.Linear(WIDTH, WIDTH)
+        self.layer.weight.register_hook(lambda gradient: _sleep(SECONDS))  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _Sleep.apply(self.layer(x), len(x) / self.batch)  # type: ignore[no-untyped-call]
@@ -98,7 +111,9 @@ def torchs(schedule: str, micro_batches: int) -> tuple[float, float]:
         for index in range(rank, count, size)
     ]
     made = TORCH[schedule](
-        stages if schedule == "interleaved" else stages[0], micro_batches, loss_fn=lambda out, _: out.square().mean()
+        stages if schedule in ("interleaved", "zero_bubble") else stages[0],
+        micro_batches,
+        loss_fn=lambda out, _: out.square().mean(),
     )
     x = torch.randn(4 * micro_batches, WIDTH)
 
@@ -135,14 +150,20 @@ def _measure(step: Any) -> tuple[float, float]:
     return min(waits), sent.bytes
 
 
+def _formula(schedule: str, p: int, m: int) -> float:
+    """What part of a step processes wait, where all three parts of the work of a block take equally long."""
+    if schedule == "zero_bubble":
+        return 2 * (p - 1) / (3 * m + 2 * (p - 1))
+    return (p - 1) / ((2 if schedule == "interleaved" else 1) * m + p - 1)
+
+
 def main(processes: int, micro_batches: int) -> None:
     """Print a row for each schedule."""
     p, m = processes, micro_batches
     print(f"{p} processes, {m} micro-batches, {BLOCKS} blocks; waits are the mean over processes, KB of all together")
     print(f"{'':12}  {'formula':>8}  {'torch':>8}  {'accel':>8}  {'torch KB':>9}  {'accel KB':>9}")
     for schedule in TORCH:
-        chunks = 2 if schedule == "interleaved" else 1
-        formula = (p - 1) / (chunks * m + p - 1)
+        formula = _formula(schedule, p, m)
         found = [run(p, function, schedule, m, timeout=120) for function in (torchs, ours)]
         waits = [sum(wait for wait, _ in each) / p for each in found]
         kilobytes = [sum(sent for _, sent in each) / 1e3 for each in found]

@@ -1,8 +1,8 @@
 """Pipeline parallel: each process holds some consecutive blocks of the model and passes micro-batches on.
 
 Made for the ordinary loop (GPipe, Huang et al. 2019; PipeDream's 1F1B, Narayanan et al. 2019; interleaved stages,
-Narayanan et al. 2021; gradients of weights put off, Qi et al. 2023). The model is neither traced nor exported: each stage runs the user's own forward, in which
-parts of other stages do not compute.
+Narayanan et al. 2021; gradients of weights put off, Qi et al. 2023). The model is neither traced nor exported: each
+stage runs the user's own forward, in which parts of other stages do not compute.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class _Product:
         if not known:
             return
         # Hooks of the output's run again: they have changed its gradient once, which is enough.
-        handle = self._node.register_prehook(lambda _: tuple(self._gradients))  # type: ignore[arg-type, return-value]
+        handle = self._node.register_prehook(lambda _: tuple(self._gradients))
         try:
             torch.autograd.backward([edge for edge, _ in known], [g for _, g in known], inputs=self._weights)
         finally:
@@ -113,15 +113,13 @@ class _Graph:
 
     def products(self) -> tuple[list[_Product], list[Tensor]]:
         """The nodes whose weights' gradients can wait, and the leaves whose gradients cannot."""
-        waiting: dict[Node, list[Tensor]] = {}
-        together = []
+        found: dict[Node | None, list[Tensor]] = {}
         for leaf, uses in self._uses.items():
             node, reads_nothing = uses[0]
-            if len(uses) == 1 and node is not None and reads_nothing and _runs_twice(node):
-                waiting.setdefault(node, []).append(leaf.variable)
-            else:
-                together.append(leaf.variable)
-        return [_Product(node, weights) for node, weights in waiting.items()], together
+            found.setdefault(node if len(uses) == 1 and reads_nothing else None, []).append(leaf.variable)
+        waiting = [node for node in found if node is not None and _runs_twice(node)]
+        products = [_Product(node, found.pop(node)) for node in waiting]
+        return products, [leaf for leaves in found.values() for leaf in leaves]
 
     def _reach(self, node: Node) -> _Reached:
         found = [self._reached[child] for child in _children(node)]
@@ -131,8 +129,8 @@ class _Graph:
 
     def _note_uses(self, node: Node | None, children: Sequence[Node]) -> None:
         for child in dict.fromkeys(children):
-            reached = self._reached.get(child)
-            for leaf in reached.leaves if reached else ():
+            reached = self._reached.get(child, _Reached(frozenset(), False))
+            for leaf in reached.leaves:
                 self._uses.setdefault(leaf, []).append((node, reached.reads_nothing))
 
 
