@@ -80,8 +80,7 @@ def held_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def held_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, detached and plain; it shares its memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def like_part(part: Tensor, model: Tensor) -> Tensor:

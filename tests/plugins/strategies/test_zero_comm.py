@@ -19,10 +19,10 @@ def random(*key, count, dtype):
     return torch.randn(count, generator=torch.Generator().manual_seed(hash(key) % 1000)).to(dtype)
 
 
-def exchanged(dtype, lot):
+def exchanged(dtype, lot, small):
     """Reduces and gathers tensors of all lengths; returns what differs from sums made here, and means over ranks."""
     Accelerator(device="cpu", strategies="ddp")
-    comm._LOT_BYTES = lot
+    comm._LOT_BYTES, comm._SMALL_BYTES = lot, small
     peers = Peers(dist.group.WORLD, torch.device("cpu"))
     rank, size = peers.rank, peers.size
     means, gathered = [], []
@@ -34,17 +34,18 @@ def exchanged(dtype, lot):
     peers.finish()
     for count in LENGTHS:
         gathered.append(torch.full((size * count,), float("nan"), dtype=dtype))
-        for work in peers.gather(gathered[-1], random(count, rank, count=count, dtype=dtype)):
-            work.wait()
+    peers.gather(
+        [(gathered[place], random(count, rank, count=count, dtype=dtype)) for place, count in enumerate(LENGTHS)]
+    ).wait()
     return means, gathered
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lot", [512, 8 << 20])
-def test_means_and_wholes(size, dtype, lot):
+@pytest.mark.parametrize(("lot", "small"), [(512, 64), (8 << 20, 1 << 16)])
+def test_means_and_wholes(size, dtype, lot, small):
     """Means are computed in float32, whatever was sent, and in the order of the ranks: the same to the last bit."""
-    results = run(size, exchanged, dtype, lot)
+    results = run(size, exchanged, dtype, lot, small)
     for place, count in enumerate(LENGTHS):
         wholes = [random(count, rank, count=count, dtype=dtype) for rank in range(size)]
         mean = wholes[0].float()

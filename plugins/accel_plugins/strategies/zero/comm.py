@@ -7,7 +7,8 @@ the system filling fresh pages with zeros, cost more than the sending itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,57 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, TrainingState
 
 from .groups import whole_gradient
+from .memory import LINE_BYTES, GatheredMemory
 
 _LOT_BYTES = 8 << 20
 """What is received at once, before it is added up; this memory is kept. Less makes more processes wait more often."""
 
-_LINE_BYTES = 64
-"""What is received begins at a multiple of this."""
-
 _SUM_BYTES = 1 << 18
 """What is added up at once: stays in a core's cache until it is divided."""
+
+_SMALL_BYTES = 1 << 16
+"""Less than this goes together: it takes less time to copy than to send by itself."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What to send to a process, and where to receive what it sends. `small` is the same on both."""
+
+    rank: int
+    sent: Tensor
+    received: Tensor
+    small: bool
+
+
+class Messages:
+    """Messages to and from the processes of `group`, begun; between two processes they arrive in order.
+
+    What a peer waits for, gloo sends in this thread and under a lock. Its own thread would spin at the lock if
+    something came in meanwhile, so nothing is asked for before.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, messages: Sequence[Message]) -> None:
+        self._packed: list[tuple[list[Tensor], Tensor]] = []
+        begun = [message for message in messages if not message.small]
+        for rank in sorted({message.rank for message in messages if message.small}):
+            begun.append(self._pack(rank, [message for message in messages if message.small and message.rank == rank]))
+        self._works = [group.send([message.sent], message.rank, 0) for message in begun if message.sent.numel()]
+        self._works += [group.recv([m.received], m.rank, 0) for m in begun if m.received.numel()]
+
+    def _pack(self, rank: int, messages: Sequence[Message]) -> Message:
+        places = [message.received.view(torch.uint8) for message in messages]
+        received = places[0].new_empty(sum(map(len, places)))
+        self._packed.append((places, received))
+        sent = torch.cat([message.sent.view(torch.uint8) for message in messages])
+        return Message(rank, sent, received, small=False)
+
+    def wait(self) -> None:
+        """Wait until all is sent and received."""
+        for work in self._works:
+            work.wait()
+        for places, received in self._packed:
+            for place, part in zip(places, torch.split(received, [len(place) for place in places]), strict=True):
+                place.copy_(part)
 
 
 class Peers:
@@ -34,53 +77,52 @@ class Peers:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.scratch = torch.empty(_LOT_BYTES, dtype=torch.uint8, device=device)
-        self._under_way: list[Any] = []
+        self._messages: list[Message] = []
         self._received: list[tuple[Tensor, list[Tensor]]] = []
         self._used = 0
 
-    def gather(self, whole: Tensor, part: Tensor) -> list[Any]:
-        """Begin to gather `part` [n] of each process into `whole` [processes * n]; returns what to wait for."""
-        parts = whole.view(self.size, -1)
-        under_way = [work for rank in self.others for work in self._swap(part, parts[rank], rank)]
-        parts[self.rank].copy_(part)
-        return under_way
-
-    def _swap(self, sent: Tensor, received: Tensor, rank: int) -> Iterator[Any]:
-        """Begin to send and to receive; messages of two processes arrive in the order in which they were sent."""
-        if sent.numel():
-            yield self.group.send([sent], rank, 0)
-        if received.numel():
-            yield self.group.recv([received], rank, 0)
+    def gather(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Messages:
+        """Begin to gather of each pair what processes have of the second [n] into the first [processes * n]."""
+        rows = [(whole.view(self.size, -1), part, part.nbytes < _SMALL_BYTES) for whole, part in pairs]
+        messages = Messages(
+            self.group,
+            [Message(rank, part, whole[rank], small) for whole, part, small in rows for rank in self.others],
+        )
+        for whole, part, _ in rows:
+            whole[self.rank].copy_(part)
+        return messages
 
     def finish(self) -> None:
-        """Wait until all that `reduce` began is sent, received and averaged."""
-        for work in self._under_way:
-            work.wait()
+        """Send, receive and average all that `reduce` was given."""
+        Messages(self.group, self._messages).wait()
         for output, parts in self._received:
             _average(output, parts)
-        self._under_way, self._received, self._used = [], [], 0
+        self._messages, self._received, self._used = [], [], 0
 
     def reduce(self, output: Tensor, whole: Tensor, length: int) -> None:
-        """Begin to average this process's part of `whole` [k] into `output`; parts are of `length`, the last of less.
+        """Let `finish` average this process's part of `whole` [k] into `output`.
 
-        The sum is taken in the order of the ranks, so that it does not depend on timing.
+        Parts are of `length`, the last of less. The sum is taken in the order of the ranks, so that it does not depend
+        on timing.
         """
         starts = range(0, self.size * length, length)
         parts = [whole[start : start + length] for start in starts]
-        lines = _LOT_BYTES // _LINE_BYTES // len(self.others)
-        lot = max(lines, 1) * _LINE_BYTES // whole.element_size()
+        lines = _LOT_BYTES // LINE_BYTES // len(self.others)
+        lot = max(lines, 1) * LINE_BYTES // whole.element_size()
         for start in range(0, length, lot):
-            self._reduce_lot(output[start : start + lot], [part[start : start + lot] for part in parts])
+            size = min(lot, length - start) * whole.element_size()
+            self._reduce_lot(output[start : start + lot], [part[start : start + lot] for part in parts], size)
 
-    def _reduce_lot(self, output: Tensor, parts: list[Tensor]) -> None:
-        own = parts[self.rank]
-        room = -(-own.nbytes // _LINE_BYTES) * _LINE_BYTES
+    def _reduce_lot(self, output: Tensor, parts: list[Tensor], size: int) -> None:
+        """The same for parts of at most `size` bytes: by that, all processes decide alike what goes together."""
+        own, small = parts[self.rank], size < _SMALL_BYTES
+        room = -(-size // LINE_BYTES) * LINE_BYTES
         if self._used + room * len(self.others) > _LOT_BYTES:
             self.finish()
         for rank in self.others:
             received = self.scratch[self._used : self._used + own.nbytes].view(own.dtype)
             self._used += room
-            self._under_way += self._swap(parts[rank], received, rank)
+            self._messages.append(Message(rank, parts[rank], received, small))
             parts[rank] = received
         self._received.append((output, parts))
 
@@ -113,36 +155,32 @@ class DirectGroup:
 
     def __init__(self, group: Any, peers: Peers, replicas: dist.ProcessGroup | None) -> None:
         self.group, self.peers, self.replicas = group, peers, replicas
-        self._under_way: list[Any] = []
+        self._under_way: Messages | None = None
+        self._memory: GatheredMemory | None = None
         self._keep_whole = group.post_backward
         group.unshard, group.wait_for_unshard = self.unshard, self.wait_for_unshard
         group.post_backward, group._backward_prefetch = self.post_backward, _do_nothing
 
     @torch.no_grad()
     def unshard(self, async_op: bool = False) -> None:
-        """Begin to gather the group's parameters, each into its own memory; all ranks."""
+        """Begin to gather the group's parameters, each to where it is used; all ranks."""
         if self.group.is_unsharded or self.group._all_gather_result is not None:
             return
         self.group._all_gather_result = _UnderWay()
-        for parameter in self.group.fsdp_params:
-            parts = [part.detach() for part in parameter.all_gather_inputs]
-            kinds = [part.numel() for part in parts], [part.dtype for part in parts]
-            parameter.init_all_gather_outputs(*kinds, self.peers.size, self.group.device)
-            parameter.alloc_all_gather_outputs()
-            for whole, part in zip(parameter.all_gather_outputs, parts, strict=True):
-                self._under_way += self.peers.gather(whole.data, part)  # autograd need not know that it changes
+        self._memory = self._memory or GatheredMemory(self.group.fsdp_params, self.peers.size, self.group.device)
+        self._memory.allocate()
+        outputs = [output for parameter in self.group.fsdp_params for output in parameter.all_gather_outputs]
+        inputs = [part.detach() for parameter in self.group.fsdp_params for part in parameter.all_gather_inputs]
+        self._under_way = self.peers.gather(list(zip(outputs, inputs, strict=True)))
 
     @torch.no_grad()
     def wait_for_unshard(self) -> None:
         """Let modules have the parameters that `unshard` has begun to gather."""
-        if self.group._all_gather_result is None:
+        if self._under_way is None:
             return
-        for work in self._under_way:
-            work.wait()
-        for parameter in self.group.fsdp_params:
-            parameter.init_unsharded_param()
+        self._under_way.wait()
         self.group._to_unsharded()
-        self.group._all_gather_result, self._under_way = None, []
+        self.group._all_gather_result = self._under_way = None
 
     @torch.no_grad()
     def post_backward(self, *unused: Any) -> None:
@@ -204,7 +242,9 @@ def improve_collectives(groups: Iterable[Any], device: torch.device) -> None:
     peers: Peers | None = None
     for group in groups:
         among: dist.ProcessGroup = group._reduce_scatter_process_group
-        if device.type == "cpu" and among.size() > 1 and among._get_backend(device).name() == "gloo":
+        own_way = any(hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather") for p in group.fsdp_params)
+        gloo = device.type == "cpu" and among.size() > 1 and among._get_backend(device).name() == "gloo"
+        if gloo and not own_way:
             peers = peers or Peers(among, device)
             replicated = isinstance(group.mesh_info, DDPMeshInfo)
             DirectGroup(group, peers, group._all_reduce_process_group if replicated else None)
