@@ -31,7 +31,7 @@ from accel.testing import run
 SECONDS = 0.01
 """What a block takes for a micro-batch in forward, for the gradient of its input, and for that of its weight."""
 
-WIDTH, BLOCKS, STEPS = 64, 8, 3
+WIDTH, BLOCKS, STEPS = 64, 8, 5
 TORCH: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,

@@ -48,8 +48,12 @@ class Flight:
         The last value says which tensors learn. Raises the error of this stage, or PrepareError that names another's.
         """
         model = self.model
-        for step in fill(model.rank, model.ranks, model.split.stages, self.batch.count):
-            self._send_on(step, self._forward_step(step))
+        steps = fill(model.rank, model.ranks, model.split.stages, self.batch.count)
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            message = self._receive(step)
+            if following is not None and following.stage:
+                model.wire.expect(model.previous, self._way(following.stage, following))
+            self._send_on(step, self._forward_step(step, message))
         said, sent = self._end() if model.is_last else (None, [])
         found = model.wire.broadcast(model.ranks - 1, self.batch.kind(None), said, sent, self._failure)
         model.wire.finish()
@@ -73,18 +77,17 @@ class Flight:
         ahead = deque(steps)
         with model.tied.collecting():
             ends = self._backward_end(gradients) if model.is_last else []
-            for step in steps:
+            for step, following in zip(steps, [*steps[1:], None], strict=True):
                 while model.recomputes and ahead and len(self._graphs) < in_flight(model.rank, model.ranks):
                     self._recompute(ahead.popleft())
-                self._backward_step(step, ends)
+                self._backward_step(step, ends, following)
                 self._backward_weights(weights_waiting(model.rank))
             self._backward_weights(0)
             model.wire.finish()
         return self.batch.gradients(model.wire.group)
 
-    def _forward_step(self, step: Step) -> Message | Failure:
+    def _forward_step(self, step: Step, message: Message | Failure) -> Message | Failure:
         """The message of a micro-batch after this stage; a failure where this stage or one before it failed."""
-        message = self._receive(step)
         if isinstance(message, Failure):
             self._failure = self._failure or message
         if self._failure is not None or isinstance(message, Failure):
@@ -194,21 +197,28 @@ class Flight:
         self._passes[step].run_again()
         self._note_graph(step)
 
-    def _backward_step(self, step: Step, ends: list[list[Tensor | None]]) -> None:
-        model, done = self.model, self._passes.pop(step)
-        sends = done.sends
-        assert sends is not None
+    def _backward_step(self, step: Step, ends: list[list[Tensor | None]], following: Step | None) -> None:
+        model, learning = self.model, self._learning(step)
         if step.stage == model.split.stages - 1:
-            back = done.backward(sends.payload, ends[step.micro_batch])
+            gradients = ends[step.micro_batch]
         else:
-            learning = [t for t, learns in zip(sends.payload, sends.learns, strict=True) if learns]
-            way = self._way(step.stage + 1, step)
-            back = done.backward(learning, model.wire.receive_gradients(model.next, way, learning))
+            gradients = model.wire.receive_gradients(model.next, self._way(step.stage + 1, step), learning)
+        if following is not None and following.stage < model.split.stages - 1 and self._learning(following):
+            model.wire.expect_gradients(model.next, self._way(following.stage + 1, following))
+        done = self._passes.pop(step)
+        back = done.backward(learning, gradients)
         if step.stage:
             model.wire.send_gradients(model.previous, self._way(step.stage, step), back)
         for place, arrival in done.inputs.items():
             self.batch.add_gradient(place, step.micro_batch, arrival.gradient)
         self._finish_step(step, done)
+
+    def _learning(self, step: Step) -> list[Tensor]:
+        """What a step has sent on and gets gradients for; at the last stage, all."""
+        sends = self._passes[step].sends
+        assert sends is not None
+        ends = step.stage == self.model.split.stages - 1
+        return [tensor for tensor, learns in zip(sends.payload, sends.learns, strict=True) if learns or ends]
 
     def _finish_step(self, step: Step, done: Pass) -> None:
         """Let go of a graph whose backward is through, or keep it for the gradients of its weights."""

@@ -70,6 +70,7 @@ class Wire:
         self.group, self.device = group, device
         self.sent = 0
         self._waiting: list[tuple[Any, Tensor]] = []
+        self._expected: tuple[Any, Tensor] | None = None
         self._forms: dict[Any, dict[Any, _Form]] = {}
 
     def send(self, to: int, way: Any, text: Any, tensors: Sequence[Tensor], seed: int = 0) -> None:
@@ -82,9 +83,19 @@ class Wire:
         for part in self._encode_failure(("to", to), way, failure):
             self._send(to, part)
 
+    def expect(self, source: int, way: Any) -> None:
+        """Let the next message from there arrive while this process computes; `receive` must ask for it next.
+
+        Only over gloo, which moves nothing before it is asked for. NCCL takes what two processes ask of each other in
+        order, and would wait for each to answer the other first.
+        """
+        if self.device.type == "cpu":
+            packed = self._empty(self._form(("from", source), way).size)
+            self._expected = dist.irecv(packed, group=self.group, group_src=source), packed
+
     def receive(self, source: int, way: Any) -> tuple[Any, list[Tensor], int] | Failure:
         """What was said, the tensors and the seed; or that the stage failed."""
-        return self._decode(("from", source), way, lambda size: self._receive(source, _Spec((size,), torch.uint8)))
+        return self._decode(("from", source), way, lambda size: self._pull(source, size))
 
     def send_gradients(self, to: int, way: Any, gradients: Sequence[Tensor | None]) -> None:
         """Send the gradients of tensors that were received from there; None where there is none."""
@@ -100,6 +111,10 @@ class Wire:
         assert not isinstance(found, Failure)
         present, gradients = found[0], iter(found[1])
         return [next(gradients) if there else None for there in present]
+
+    def expect_gradients(self, source: int, way: Any) -> None:
+        """As `expect`, for `receive_gradients`."""
+        self.expect(source, ("back", way))
 
     def send_tensor(self, to: int, tensor: Tensor) -> None:
         """Send one tensor, of which the other knows the shape."""
@@ -197,6 +212,13 @@ class Wire:
         if tensor.numel():
             self.sent += tensor.numel() * tensor.element_size()
             self._waiting.append((dist.isend(tensor, group=self.group, group_dst=to), tensor))
+
+    def _pull(self, source: int, size: int) -> Tensor:
+        if self._expected is None:
+            return self._receive(source, _Spec((size,), torch.uint8))
+        (work, packed), self._expected = self._expected, None
+        work.wait()
+        return packed
 
     def _receive(self, source: int, spec: _Spec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
