@@ -8,7 +8,7 @@ import pytest
 
 from accel.launch.rendezvous import free_port
 
-from .conftest import Launch, running
+from .conftest import Launch, running, wait_until
 
 SCRIPT = """
 mark("up")
@@ -77,17 +77,17 @@ def test_missing_machine_0(launch: Launch) -> None:
 
 def test_two_machines_of_one_rank(launch: Launch) -> None:
     port, script = free_port(), launch.script(SCRIPT)
-    first = launch.start(*flags(port, 0, machines=3, timeout=4), script)
-    others = [launch.start(*flags(port, 1, machines=3, timeout=4), script) for _ in range(2)]
-    errors = [other.communicate(timeout=60)[1] for other in others]
-    assert any("machine_rank: more than one machine was started as 1" in error for error in errors)
-    first.communicate(timeout=60)
+    launch.start(*flags(port, 0, machines=3), script)
+    others = [launch.start(*flags(port, 1, machines=3), script) for _ in range(2)]
+    wait_until(lambda: any(other.poll() is not None for other in others))
+    errors = [other.communicate()[1] for other in others if other.poll() is not None]
+    assert all("machine_rank: more than one machine was started as 1" in error for error in errors)
 
 
 def test_machines_that_were_told_different_numbers(launch: Launch) -> None:
     port, script = free_port(), launch.script(SCRIPT)
-    first = launch.start(*flags(port, 0, machines=3, timeout=4), script)
-    result = launch.run(*flags(port, 1, machines=2, timeout=4), script)
+    first = launch.start(*flags(port, 0, machines=3, timeout=20), script)
+    result = launch.run(*flags(port, 1, machines=2, timeout=20), script)
     told = result.stderr + first.communicate(timeout=60)[1] if "another one" not in result.stderr else result.stderr
     assert "4 processes on 2 machines" in told and "6 processes on 3 machines" in told
 
