@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..example import Inputs, tried_out
-from ..nested import tensors
+from ..nested import map_tensors, tensors
 from ..shards import held_parameters
+from .tensor import Divided, whole_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def run(model: nn.Module, inputs: Inputs) -> Result:
         for parameter in parameters.values():
             parameter.grad = None
         try:
-            outputs = {path: t for path, t in tensors(model(*args, **kwargs)) if t.is_floating_point()}
+            found = tensors(map_tensors(whole_of, model(*args, **kwargs), Divided))
+            outputs = {path: t for path, t in found if t.is_floating_point()}
             losses = [_weighted(tensor) for tensor in outputs.values() if tensor.requires_grad]
             if losses:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]

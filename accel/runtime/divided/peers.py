@@ -1,8 +1,4 @@
-"""The processes that share each layer, and what they tell one another in forward and backward.
-
-Megatron-LM (Shoeybi et al. 2019) calls the first two of these its operators f and g: what is copied in forward is
-added up in backward, and the other way round.
-"""
+"""The processes that share each layer."""
 
 from __future__ import annotations
 
@@ -14,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+
+from .operators import Add, AddParts, Copy, Deal, Gather, GatherAndAdd, Take, lengths_of
 
 
 @dataclass(eq=False)
@@ -33,48 +30,80 @@ class Peers:
     axis: str = "tensor"
     remedy: str = "give the layers that make it `replicate` in strategies.tensor.plan"
     divided_whole: Callable[[frozenset[Any], Undividable], None] | None = None
-    copied: list[Any] = field(default_factory=list)
-    """The last input of a divided layer, its version, and its `copy`: those of query, key and value share one."""
+    sequence: bool = False
+    """Whether what layers leave between one another is divided along its positions (Korthikanti et al. 2022)."""
+
+    logits: bool = False
+    """Whether what a head over the vocabulary gives stays divided when it leaves the model."""
+
+    begins: Callable[[], None] | None = None
+    """Called before each outermost forward of a model."""
+
+    shared: list[Any] = field(default_factory=list)
+    """The last input of a divided layer, its state, and what was made of it: query, key and value share one."""
 
     def copy(self, whole: Tensor) -> Tensor:
         """The same tensor for use on parts of the work: each process adds its share of the gradient."""
-        if self.parts == 1 or not (whole.requires_grad and torch.is_grad_enabled()):
+        if self.parts == 1 or not _learns(whole):
             return whole
-        copied: Tensor = _Copy.apply(whole, self.group)  # type: ignore[no-untyped-call]
+        copied: Tensor = Copy.apply(whole, self.group)  # type: ignore[no-untyped-call]
         return copied
-
-    def copy_once(self, whole: Tensor) -> Tensor:
-        """`copy`, shared by all layers that take this very tensor one after another: one exchange, not three."""
-        if self.parts == 1 or not (whole.requires_grad and torch.is_grad_enabled()):
-            return whole
-        if not self.copied or self.copied[0] is not whole or self.copied[1] != whole._version:
-            self.copied[:] = [whole, whole._version, self.copy(whole)]
-        result: Tensor = self.copied[2]
-        return result
 
     def forget(self) -> None:
         """No layer will ask for the last input again."""
-        self.copied.clear()
+        self.shared.clear()
 
     def add(self, share: Tensor) -> Tensor:
         """The sum of what the processes bring, on all of them."""
         if self.parts == 1:
             return share
-        total: Tensor = _Add.apply(share, self.group)  # type: ignore[no-untyped-call]
+        total: Tensor = Add.apply(share, self.group)  # type: ignore[no-untyped-call]
         return total
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum of what the processes bring; it has no gradient."""
+        if self.parts > 1:
+            value = value.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return value
+
+    def add_parts(self, share: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """This process's part of the sum of what the processes bring."""
+        part: Tensor = AddParts.apply(share, dim, outer, self)  # type: ignore[no-untyped-call]
+        return part
+
+    def take(self, whole: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """`own`, of a tensor that each process uses a part of: what they make its gradient to be is put together."""
+        if self.parts == 1 or not _learns(whole):
+            return self.own(whole, dim, outer)
+        part: Tensor = Take.apply(whole, dim, outer, self)  # type: ignore[no-untyped-call]
+        return part
+
     def own(self, whole: Tensor, dim: int, outer: int = 1) -> Tensor:
-        """This process's part of a tensor that all hold: of each of `outer` equal pieces of a dim, one of `parts`."""
+        """This process's part of a tensor that all hold: of each of `outer` equal pieces of a dim, one of `parts`.
+
+        Parts of one piece need not be equal.
+        """
         if self.parts == 1:
             return whole
+        if outer == 1:
+            sizes = lengths_of(whole.shape[dim], self.parts)
+            return whole.narrow(dim, sum(sizes[: self.index]), sizes[self.index])
         pieces: Tensor = whole.unflatten(dim, (outer, self.parts, -1)).select(dim + 1, self.index)  # type: ignore[no-untyped-call]
         return pieces.flatten(dim, dim + 1)
 
-    def gather(self, part: Tensor, dim: int, outer: int = 1) -> Tensor:
+    def gather(self, part: Tensor, dim: int, outer: int = 1, length: int | None = None) -> Tensor:
         """The whole tensor, on all processes: the reverse of `own`. Each brings the whole gradient."""
         if self.parts == 1:
             return part
-        whole: Tensor = Gather.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        whole: Tensor = Gather.apply(part, dim, outer, length, self)  # type: ignore[no-untyped-call]
+        return whole
+
+    def gather_for_parts(self, part: Tensor, dim: int, outer: int = 1, length: int | None = None) -> Tensor:
+        """`gather` and `copy` in one: the whole for use on parts of the work. Each brings its share of the gradient."""
+        if self.parts == 1:
+            return part
+        whole: Tensor = GatherAndAdd.apply(part, dim, outer, length, self)  # type: ignore[no-untyped-call]
         return whole
 
     def deal(self, part: Tensor, dim: int, outer: int) -> Tensor:
@@ -85,7 +114,7 @@ class Peers:
         """
         if self.parts == 1 or outer == 1:
             return part
-        dealt: Tensor = _Deal.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        dealt: Tensor = Deal.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
         return dealt
 
     def attention(self, call: Any) -> Any:
@@ -125,90 +154,5 @@ class Undividable(Exception):
         self.indivisible, self.pieces = indivisible, pieces
 
 
-def summed(share: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of what the processes bring, in new memory: a gradient may be another's too, a share may be kept."""
-    total = share.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
-
-
-class _Copy(torch.autograd.Function):
-    """Nothing in forward; the sum over the processes in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return whole.view_as(whole)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return summed(gradient, ctx.group), None
-
-
-class _Add(torch.autograd.Function):
-    """The sum over the processes in forward; nothing in backward, where all hold the same gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, share: Tensor, group: ProcessGroup) -> Tensor:
-        return summed(share, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
-
-
-class Gather(torch.autograd.Function):
-    """All parts, put together, in forward; the own part of the gradient in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, outer: int, peers: Peers) -> Tensor:
-        ctx.dim, ctx.outer, ctx.peers = dim, outer, peers
-        part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(peers.parts)]
-        dist.all_gather(parts, part, group=peers.group)
-        pieces = [piece.unflatten(dim, (outer, -1)) for piece in parts]  # type: ignore[no-untyped-call]
-        return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.peers.own(gradient, ctx.dim, ctx.outer).contiguous(), None, None, None
-
-
-class _Deal(torch.autograd.Function):
-    """Rows go to those who work on them in forward; their gradients come back in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, outer: int, peers: Peers) -> Tensor:
-        ctx.dim, ctx.outer, ctx.peers = dim, outer, peers
-        order, sends, comes = _blocks(outer, peers)
-        rows = part.movedim(dim, 0).unflatten(0, (outer, -1))[order].contiguous()  # type: ignore[no-untyped-call]
-        dealt = torch.empty_like(rows)
-        dist.all_to_all_single(dealt, rows, comes, sends, group=peers.group)
-        return dealt.flatten(0, 1).movedim(0, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        order, sends, comes = _blocks(ctx.outer, ctx.peers)
-        rows = gradient.movedim(ctx.dim, 0).unflatten(0, (ctx.outer, -1)).contiguous()  # type: ignore[no-untyped-call]
-        back = torch.empty_like(rows)
-        dist.all_to_all_single(back, rows, sends, comes, group=ctx.peers.group)
-        own = torch.empty_like(back)
-        own[order] = back
-        return own.flatten(0, 1).movedim(0, ctx.dim), None, None, None
-
-
-def _blocks(outer: int, peers: Peers) -> tuple[list[int], list[int], list[int]]:
-    """Of the `outer` blocks that each holds: their order by who works on them, and how many go to and come from each.
-
-    Block b of all is held by process b // outer, and worked on by process b % parts.
-    """
-    mine = [peers.index * outer + block for block in range(outer)]
-    order = sorted(range(outer), key=lambda block: mine[block] % peers.parts)
-    sends = [sum(block % peers.parts == other for block in mine) for other in range(peers.parts)]
-    theirs = [range(other * outer, (other + 1) * outer) for other in range(peers.parts)]
-    comes = [sum(block % peers.parts == peers.index for block in blocks) for blocks in theirs]
-    return order, sends, comes
+def _learns(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()

@@ -7,11 +7,13 @@ compared counting from the last, as broadcasting does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import views
+from .losses import cross_entropy
 from .peers import Undividable
 from .tensor import Call, Divided, Division, divide, moved, whole_of, whole_shape
 
@@ -61,11 +63,11 @@ def _common(call: Call) -> tuple[Division, int]:
     found = call.divided()
     divisions = [tensor.division for tensor in found]
     places = {division.dim - tensor.dim() for division, tensor in zip(divisions, found, strict=True)}
-    if len(places) > 1 or len({division.outer for division in divisions}) > 1:
+    if len(places) > 1 or len({(division.outer, division.length) for division in divisions}) > 1:
         raise Undividable(f"{call.name} brings together tensors that are divided in different ways")
     sources = frozenset[Any]().union(*(division.sources for division in divisions))
     first = divisions[0]
-    return Division(first.peers, first.dim, first.outer, sources), places.pop()
+    return replace(first, sources=sources), places.pop()
 
 
 def _sizes(call: Call) -> list[int]:
@@ -76,10 +78,9 @@ def _fit(value: Any, division: Division, place: int, size: int | None = None) ->
     """A whole tensor's part, if it has the divided dim; else it is used by all, and its gradient is of all."""
     if isinstance(value, Divided):
         return value
-    value = division.peers.copy(value)
     if value.dim() < -place or value.shape[place] != size or size == 1:
-        return value
-    return division.peers.own(value, value.dim() + place, division.outer)
+        return division.peers.copy(value)
+    return division.peers.take(value, value.dim() + place, division.outer)
 
 
 def _softmax(call: Call) -> Any:
@@ -263,5 +264,6 @@ RULES: dict[str, Rule] = {
     "__len__": _length,
     "linear": _of_first(_linear),
     "scaled_dot_product_attention": _attention,
+    "cross_entropy": cross_entropy,
     **{name: _of_first(rule) for name, rule in views.RULES.items()},
 }

@@ -26,13 +26,15 @@ from .peers import Peers, Undividable
 class Division:
     """How a tensor is divided: along `dim`, each of `outer` equal pieces of it into `peers.size` parts.
 
-    `sources` are, while a model is observed, the layers that the values come from.
+    `sources` are, while a model is observed, the layers that the values come from. `length` is that of the dim where
+    the parts of it are not equal, as `operators.lengths_of` says; then `outer` is 1.
     """
 
     peers: Peers
     dim: int
     outer: int = 1
     sources: frozenset[Any] = field(default=frozenset(), compare=False)
+    length: int | None = None
 
 
 class Divided(Tensor):
@@ -122,14 +124,15 @@ def whole_of(tensor: Any) -> Any:
     if not isinstance(tensor, Divided):
         return tensor
     division = tensor.division
-    return division.peers.gather(part_of(tensor), division.dim, division.outer)
+    return division.peers.gather(part_of(tensor), division.dim, division.outer, division.length)
 
 
 def whole_shape(tensor: Tensor) -> list[int]:
     """The shape of the whole; called where torch functions are off, so that `shape` is the part's."""
     shape = list(tensor.shape)
     if isinstance(tensor, Divided):
-        shape[tensor.division.dim] *= tensor.division.peers.parts
+        division = tensor.division
+        shape[division.dim] = division.length or shape[division.dim] * division.peers.parts
     return shape
 
 

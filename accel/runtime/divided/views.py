@@ -27,8 +27,13 @@ def _reshaped(tensor: Any, sizes: Sequence[int], name: str) -> Any:
     sizes = list(sizes)
     if -1 in sizes:
         sizes[sizes.index(-1)] = math.prod(shape) // max(-math.prod(sizes), 1)
-    place, outer = _place(math.prod(shape[: division.dim]) * division.outer, sizes, division.peers.size)
-    sizes[place] //= division.peers.parts
+    before = math.prod(shape[: division.dim])
+    if division.length is None:
+        place, outer = _place(before * division.outer, sizes, division.peers.size)
+        sizes[place] //= division.peers.parts
+    else:
+        place, outer = _unchanged(before, sizes, division.length), 1
+        sizes[place] = tensor.shape[division.dim]
     return divide(getattr(tensor, name)(sizes), moved(division, place, outer))
 
 
@@ -46,6 +51,14 @@ def _place(before: int, sizes: Sequence[int], parts: int) -> tuple[int, int]:
             raise Undividable(reason, indivisible=True, pieces=size if outer == 1 else 1)
         passed *= size
     raise Undividable("a view takes apart what would be divided")
+
+
+def _unchanged(before: int, sizes: Sequence[int], length: int) -> int:
+    """The dim of the new sizes that is the one of uneven parts, which a view must leave as it is."""
+    for dim, size in enumerate(sizes):
+        if size == length and math.prod(sizes[:dim]) == before:
+            return dim
+    raise Undividable(f"a view takes apart {length} positions, which do not divide evenly")
 
 
 def _view(call: Call) -> Any:
@@ -113,7 +126,7 @@ def _expand(call: Call) -> Any:
 def _repeat_interleave(call: Call) -> Any:
     repeats, dim = call.option(1, "repeats"), call.option(2, "dim")
     division = call.first.division
-    if not isinstance(repeats, int) or dim is None or division.outer > 1:
+    if not isinstance(repeats, int) or dim is None or division.outer > 1 or division.length:
         raise Undividable("it meets repeat_interleave")
     return divide(call.run(), division)
 
@@ -142,7 +155,7 @@ def _pieces(call: Call, sizes: list[int], dim: int) -> Any:
         return tuple(divide(piece, division) for piece in tensor.split(sizes, dim))
     whole = whole_shape(tensor)[dim]
     unit = whole // division.outer
-    if any(size % unit for size in sizes):
+    if division.length or any(size % unit for size in sizes):
         reason = f"it is cut in {len(sizes)} pieces, of each of which a process would need its part"
         raise Undividable(reason, pieces=len(sizes) if len(set(sizes)) == 1 else 1)
     parts = tensor.split([size // division.peers.parts for size in sizes], dim)

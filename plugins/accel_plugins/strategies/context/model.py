@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place, gather_object
 from accel.runtime.divided import check
+from accel.runtime.divided.borders import Borders, Whereabouts
 from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.tensor import Divided, Division, divide, part_of
 from accel.runtime.example import Inputs, example_inputs
 from accel.runtime.nested import map_tensors
 from accel.runtime.shards import Elsewhere
 
-from .borders import Borders, Whereabouts
 from .gradients import average_gradients
 from .inputs import Arguments, lengthened, sequence_dims
 from .peers import SequencePeers
@@ -47,7 +47,7 @@ class SequenceModel:
         self.dims = sequence_dims(model, inputs, options.dims)
         inputs = lengthened(self.model, inputs, self.dims, axis.size)
         self.numbers = Numbers(model, inputs, self.group, strategy.device)
-        self.borders = Borders(model)
+        self.borders = Borders(model, "strategies.context")
         self._divide(inputs)
         self.numbers.share()
 

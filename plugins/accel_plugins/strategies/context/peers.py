@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from accel.runtime.divided.peers import Gather, Peers, summed
+from accel.runtime.divided.operators import Gather, put_together, summed, swapped
+from accel.runtime.divided.peers import Peers
 
 
 @dataclass(eq=False)
@@ -31,12 +31,13 @@ class SequencePeers(Peers):
         """The same tensor: its gradient is averaged at the end, see above."""
         return whole
 
-    def gather(self, part: Tensor, dim: int, outer: int = 1) -> Tensor:
+    def take(self, whole: Tensor, dim: int, outer: int = 1) -> Tensor:
+        """The own part: its gradient is averaged at the end, see above."""
+        return self.own(whole, dim, outer)
+
+    def gather(self, part: Tensor, dim: int, outer: int = 1, length: int | None = None) -> Tensor:
         """The whole tensor, on all processes, each of which brings its gradient of it."""
-        if self.parts == 1:
-            return part
-        whole: Tensor = _GatherAndAdd.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
-        return whole
+        return self.gather_for_parts(part, dim, outer, length)
 
     def enter(self, whole: Tensor, dim: int | None) -> Tensor:
         """This process's part of an input along `dim`, all of it if None; all get the gradient of the whole."""
@@ -47,7 +48,7 @@ class SequencePeers(Peers):
 
     def leave(self, part: Tensor, dim: int, outer: int) -> Tensor:
         """The whole of an output, of which all processes bring the same gradient."""
-        whole: Tensor = _Leave.apply(part, dim, outer, self)  # type: ignore[no-untyped-call]
+        whole: Tensor = _Leave.apply(part, dim, outer, None, self)  # type: ignore[no-untyped-call]
         return whole
 
     def attention(self, call: Any) -> Any:
@@ -60,16 +61,6 @@ class SequencePeers(Peers):
         swapped: Tensor = _Swap.apply(parts, self)  # type: ignore[no-untyped-call]
         return swapped
 
-    def add_parts(self, whole: Tensor, dim: int, outer: int = 1) -> Tensor:
-        """This process's part of the sum of what the processes bring: half of an all-reduce's bytes."""
-        pieces = whole.unflatten(dim, (outer, self.parts, -1)).movedim(dim + 1, 0)  # type: ignore[no-untyped-call]
-        return self._swapped(pieces).sum(0).flatten(dim, dim + 1)
-
-    def _swapped(self, parts: Tensor) -> Tensor:
-        received = torch.empty(parts.shape, dtype=parts.dtype, device=parts.device)
-        dist.all_to_all_single(received, parts.contiguous(), group=self.group)
-        return received
-
 
 @dataclass(eq=False)
 class Watching(SequencePeers):
@@ -81,15 +72,6 @@ class Watching(SequencePeers):
         self.met |= sources
 
 
-class _GatherAndAdd(Gather):
-    """All parts, put together, in forward; the sum of the gradients' own part in backward."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.peers.add_parts(gradient, ctx.dim, ctx.outer), None, None, None
-
-
 class _Leave(Gather):
     """All parts, put together, in forward; in backward, where all bring the same, no sum has to be asked for."""
 
@@ -97,7 +79,7 @@ class _Leave(Gather):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         own = ctx.peers.own(gradient, ctx.dim, ctx.outer)
-        return own * ctx.peers.parts, None, None, None
+        return own * ctx.peers.parts, None, None, None, None
 
 
 class _Enter(torch.autograd.Function):
@@ -113,7 +95,7 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         peers = ctx.peers
         if ctx.dim is not None:
-            return Gather.apply(gradient / peers.parts, ctx.dim, 1, peers), None, None  # type: ignore[no-untyped-call]
+            return put_together(gradient / peers.parts, ctx.dim, 1, None, peers), None, None
         return summed(gradient, peers.group) / peers.parts, None, None
 
 
@@ -123,9 +105,9 @@ class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Tensor, peers: SequencePeers) -> Tensor:
         ctx.peers = peers
-        return peers._swapped(parts)
+        return swapped(parts, peers.group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.peers._swapped(gradient), None
+        return swapped(gradient, ctx.peers.group), None

@@ -19,6 +19,7 @@ from accel.runtime.divided.peers import Peers
 from accel.runtime.example import Inputs, example_inputs
 from accel.runtime.shards import held_parameters
 
+from .activations import Activations
 from .layers import apply
 from .observe import Observation, observe
 from .plan import Decision, Decisions, Planner, groups
@@ -44,7 +45,11 @@ class DividedModel:
         with _own_kernels():
             self.numbers = Numbers(model, inputs, self.group, strategy.device)
             self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
-            self._divide(inputs)
+            expected = check.run(model, inputs)
+            self._divide(inputs, expected)
+            self.activations = Activations(model, self.peers, strategy.options)
+            if self.activations.settings:
+                self._divide_activations(inputs, expected)
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
         self._modules = dict(model.named_modules())
@@ -68,6 +73,7 @@ class DividedModel:
         for name, module in self.model.named_modules():
             if name not in found and next(module.parameters(recurse=False), None) is not None:
                 found[name] = Decision("replicate").describe(size)
+        self.activations.describe(found)
         return found
 
     def _observe(self, inputs: Inputs) -> Observation:
@@ -79,9 +85,8 @@ class DividedModel:
         first = look({})
         return first.again(look(first.pieces)) if first.pieces else first
 
-    def _divide(self, inputs: Inputs) -> None:
+    def _divide(self, inputs: Inputs, expected: check.Result) -> None:
         """Divide the model and compare; where it differs, leave out what does. Raises PrepareError if that fails."""
-        expected = check.run(self.model, inputs)
         if not self._differs(self.decisions, inputs, expected):
             return
         faults = {}
@@ -101,6 +106,20 @@ class DividedModel:
     def _differs(self, decisions: Decisions, inputs: Inputs, expected: check.Result) -> str:
         """How the model differs from the whole one if it is divided so; empty if it does not. Leaves it so."""
         apply(self.model, {name: (d.style, d.pieces) for name, d in decisions.items()}, self.peers, self.device_mesh)
+        return self._fault(inputs, expected)
+
+    def _divide_activations(self, inputs: Inputs, expected: check.Result) -> None:
+        """Leave sequences and logits divided as the options say, and compare. Raises PrepareError if that fails."""
+        activations = self.activations
+        activations.begin(self.decisions)
+        with activations.where as where:
+            self.peers.divided_whole = where.note
+            fault = self._fault(inputs, expected)
+            self.peers.divided_whole = None
+        activations.check(fault, any(_from_all(bool(where.divided))))
+
+    def _fault(self, inputs: Inputs, expected: check.Result) -> str:
+        """How the model differs on the example from the whole one, on any process; empty if it does not."""
         try:
             fault = check.compare(check.run(self.model, inputs), expected)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:

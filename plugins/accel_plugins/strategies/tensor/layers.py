@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from accel.errors import PrepareError
 from accel.runtime.adopt import own_class
 from accel.runtime.divided.peers import Peers
-from accel.runtime.divided.tensor import Divided, Division, divide, part_of, whole_of
+from accel.runtime.divided.products import added_up, by_columns, by_rows
+from accel.runtime.divided.tensor import Divided, whole_of
 from accel.runtime.nested import map_tensors
 from accel.runtime.shards import held_parameters
 
@@ -65,6 +66,8 @@ class Layer:
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not _inside.depth and self._peers.begins:
+            self._peers.begins()
         _inside.depth += 1
         try:
             output = self.compute(*args, **kwargs)
@@ -72,7 +75,12 @@ class Layer:
             _inside.depth -= 1
             if not _inside.depth:
                 self._peers.forget()
-        return output if _inside.depth else map_tensors(whole_of, output, Divided)
+        return output if _inside.depth else map_tensors(self._leave, output, Divided)
+
+    def _leave(self, output: Divided) -> Any:
+        """What leaves the model is whole, but for logits if a loss shall find them divided."""
+        logits = self._peers.logits and output.division.dim == output.dim() - 1
+        return output if logits else whole_of(output)
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the user's own class."""
@@ -86,7 +94,12 @@ class Layer:
             return None if value is None else value.detach()
         if dim is None or value.placements[0].is_shard(dim):
             return value.to_local()
-        return self._peers.own(self._peers.copy(value.full_tensor()), dim)  # tied to what another layer holds whole
+        return self._peers.take(value.full_tensor(), dim)  # tied to what another layer holds whole
+
+    def dealt(self, name: str) -> Tensor | None:
+        """This process's part of a parameter: some rows, or some of each piece."""
+        part = self.own(name)
+        return part if part is None else self._peers.deal(part, self.divided_dims[name], self._pieces)
 
 
 class _Inside:
@@ -102,80 +115,53 @@ class Column(Layer):
     """A linear layer of which each process computes some outputs: [.., in] -> [.., out], divided along the last dim."""
 
     divided_dims = {"weight": 0, "bias": 0}
-    gathers = False
+    transposed = False
 
-    def compute(self, x: Tensor) -> Tensor:
-        peers = self._peers
-        x = peers.copy_once(whole_of(x))
-        out = self.multiply(x, self.dealt("weight"), self.dealt("bias"))
-        result: Tensor = divide(out, Division(peers, out.dim() - 1, self._pieces))
-        return whole_of(result) if self.gathers else result
-
-    def dealt(self, name: str) -> Tensor | None:
-        """This process's part of a parameter: some rows, or some of each piece."""
-        part = self.own(name)
-        return part if part is None else self._peers.deal(part, self.divided_dims[name], self._pieces)
-
-    @staticmethod
-    def multiply(x: Tensor, weight: Any, bias: Any) -> Tensor:
-        """x W + b with a weight of [out, in]."""
-        return F.linear(x, weight, bias)
+    def compute(self, x: Tensor) -> Any:
+        weight, bias = self.dealt("weight"), self.dealt("bias")
+        assert weight is not None
+        return by_columns(x, weight.t() if self.transposed else weight, bias, self._peers, self._pieces)
 
 
 class Row(Layer):
     """A linear layer of which each process takes some inputs, as a column layer leaves them; their shares are added."""
 
     divided_dims = {"weight": 1}
+    transposed = False
 
-    def compute(self, x: Tensor) -> Tensor:
-        peers, bias = self._peers, self.own("bias")
-        out = peers.add(self.multiply(self.part_of_input(x), self.own("weight")))
-        return out if bias is None else out + bias.to(out.dtype)
-
-    def part_of_input(self, x: Tensor) -> Tensor:
-        """What this process takes of the input, which may be divided, or held whole by all."""
-        last = x.dim() - 1
-        if isinstance(x, Divided) and (x.division.dim, x.division.outer) == (last, 1):
-            return part_of(x)
-        whole: Tensor = whole_of(x)
-        return self._peers.own(self._peers.copy(whole), last)
-
-    @staticmethod
-    def multiply(x: Tensor, weight: Any) -> Tensor:
-        """x W with a weight of [out, in]."""
-        return F.linear(x, weight)
+    def compute(self, x: Tensor) -> Any:
+        weight = self.own("weight")
+        assert weight is not None
+        return by_rows(x, weight.t() if self.transposed else weight, self.own("bias"), self._peers)
 
 
 class TransposedColumn(Column):
     """A column layer whose weight is [in, out]."""
 
     divided_dims = {"weight": 1, "bias": 0}
-
-    @staticmethod
-    def multiply(x: Tensor, weight: Any, bias: Any) -> Tensor:
-        return F.linear(x, weight.t(), bias)
+    transposed = True
 
 
 class TransposedRow(Row):
     """A row layer whose weight is [in, out]."""
 
     divided_dims = {"weight": 0}
-
-    @staticmethod
-    def multiply(x: Tensor, weight: Any) -> Tensor:
-        return F.linear(x, weight.t())
+    transposed = True
 
 
-class GatheredColumn(Column):
-    """A column layer whose outputs are put together, such as a head over the vocabulary."""
+class Head(Column):
+    """A column layer whose outputs are put together, such as a head over the vocabulary; unless a loss will be."""
 
-    gathers = True
+    def compute(self, x: Tensor) -> Any:
+        out = super().compute(x)
+        return out if self._peers.logits else whole_of(out)
 
 
-class TransposedGatheredColumn(TransposedColumn):
+class TransposedHead(Head):
     """The same with a weight of [in, out]."""
 
-    gathers = True
+    divided_dims = {"weight": 1, "bias": 0}
+    transposed = True
 
 
 class Vocabulary(Layer):
@@ -183,7 +169,7 @@ class Vocabulary(Layer):
 
     divided_dims = {"weight": 0}
 
-    def compute(self, indices: Tensor) -> Tensor:
+    def compute(self, indices: Tensor) -> Any:
         weight, peers = self.own("weight"), self._peers
         assert weight is not None
         rows = weight.shape[0]
@@ -193,7 +179,7 @@ class Vocabulary(Layer):
         found = F.embedding(
             places.masked_fill(elsewhere, 0), weight, padding_idx=padding if 0 <= padding < rows else None
         )
-        return peers.add(found.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return added_up(found.masked_fill(elsewhere.unsqueeze(-1), 0), peers)
 
 
 class Recurrent(Layer):
@@ -211,7 +197,7 @@ class Recurrent(Layer):
 STYLES: dict[str, tuple[type[Layer], type[Layer]]] = {
     "column": (Column, TransposedColumn),
     "row": (Row, TransposedRow),
-    "gathered": (GatheredColumn, TransposedGatheredColumn),
+    "gathered": (Head, TransposedHead),
     "vocabulary": (Vocabulary, Vocabulary),
     "replicate": (Layer, Layer),
 }

@@ -38,6 +38,14 @@ class Tensor(Strategy):
 
         What it leaves out follows a Hugging Face model's own plan, or is found by watching the model run."""
 
+        sequence_parallel: bool = False
+        """Divide activations between layers along the sequence: norms, dropout and shortcuts of some positions each."""
+
+        loss_parallel: bool = False
+        """Leave the logits of a divided vocabulary divided: cross entropy then exchanges a few numbers per position.
+
+        Whatever else is done with logits that leave the model must then be done on all processes."""
+
         example: Mapping[str, str] = setting({})
         """Inputs on which the model runs, by argument (`tokens: "int64[2, 8] < 100"`); by default made up."""
 

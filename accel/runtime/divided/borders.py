@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from accel.errors import PrepareError
-from accel.runtime.divided.tensor import Divided, divide, part_of
+from ...errors import PrepareError
+from .tensor import Divided, divide, part_of
 
 
 class Borders:
@@ -19,7 +19,8 @@ class Borders:
     parts. So before such hooks parts become plain tensors, and after them divided ones again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, setting: str) -> None:
+        self.setting = setting
         self.kept: list[list[Any]] = []
         self.handles = {
             module: module.register_forward_pre_hook(self._restore, prepend=True, with_kwargs=True)
@@ -35,7 +36,7 @@ class Borders:
         for module, handle in self.handles.items():
             if module._compiled_call_impl is not None:
                 raise PrepareError(
-                    f"strategies.context: a {type(module).__name__} in this model is compiled, and a compiler does not "
+                    f"{self.setting}: a {type(module).__name__} in this model is compiled, and a compiler does not "
                     "see parts of sequences as its code does; leave out `compile`"
                 )
             if next(iter(module._forward_pre_hooks)) == handle.id:
@@ -43,6 +44,11 @@ class Borders:
             else:
                 module.register_forward_pre_hook(self._strip, prepend=True, with_kwargs=True)
         self.handles.clear()
+
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self.clear()
+        self.mark()
 
     def clear(self) -> None:
         """A forward pass is over, however it ended."""
@@ -72,23 +78,32 @@ class Borders:
 
 
 class Whereabouts:
-    """Which modules put a sequence together while a model runs, and for what; `found` is by name of the module."""
+    """Which modules put a sequence together while a model runs, and for what; `found` is by name of the module.
+
+    `divided` are those that return a divided tensor.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.current, self.handles = model, [""], []  # type: ignore[var-annotated]
         self.found: dict[str, set[str]] = defaultdict(set)
+        self.divided: set[str] = set()
 
     def __enter__(self) -> Whereabouts:
         for name, module in self.model.named_modules():
             if name:
                 before = module.register_forward_pre_hook(lambda *_, name=name: self.current.append(name))
-                after = module.register_forward_hook(lambda *_: self.current.pop() and None, always_call=True)
+                after = module.register_forward_hook(self._after, always_call=True)
                 self.handles += [before, after]
         return self
 
     def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self.current.pop()
+        if isinstance(output, Divided):
+            self.divided.add(name)
 
     def note(self, sources: Any, reason: Exception) -> None:
         """Something needs the whole of a tensor that is divided."""
