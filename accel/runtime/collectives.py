@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ..errors import CollectiveError
+from .divided.tensor import whole_of
 from .nested import leaves, map_tensors, tensors
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ def pad_across_processes(
         shape = ["*" if place == dim % tensor.dim() else str(size) for place, size in enumerate(tensor.shape)]
         return f"[{', '.join(shape)}] {tensor.dtype}"
 
+    value = map_tensors(whole_of, value)
     _agree("pad_across_processes", value, group, shape)
     return map_tensors(pad, value)
 
@@ -99,6 +101,7 @@ def broadcast(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
             dist.broadcast(result, group=group, group_src=source)
         return result
 
+    value = map_tensors(whole_of, value)
     _agree("broadcast", value, group, _shape_and_dtype)
     return map_tensors(send, value)
 
@@ -155,7 +158,7 @@ def _all_gather(tensor: Tensor, group: ProcessGroup | None) -> list[Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
+    tensor = whole_of(tensor).detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

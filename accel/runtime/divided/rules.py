@@ -15,7 +15,8 @@ import torch
 from . import views
 from .losses import cross_entropy
 from .peers import Undividable
-from .tensor import Call, Divided, Division, divide, moved, whole_of, whole_shape
+from .products import by_columns, by_rows
+from .tensor import Call, Divided, Division, divide, moved, part_of, whole_of, whole_shape
 
 Rule = Callable[[Call], Any]
 
@@ -115,11 +116,25 @@ def _norm(call: Call) -> Any:
 
 
 def _linear(call: Call) -> Any:
-    """By a matrix that all processes hold, along any dim but the last."""
+    """By a matrix that all processes hold, along any dim but the last; or by one that is divided."""
+    if isinstance(call.option(1, "weight"), Divided):
+        return _linear_by_divided(call)
     first, division = call.first, call.first.division
     if division.dim == first.dim() - 1:
         raise Undividable("it meets a product over what would be divided")
     return divide(call.run(lambda value: value if value is first else division.peers.copy(value)), division)
+
+
+def _linear_by_divided(call: Call) -> Any:
+    """By a matrix of which each process holds some rows, with the bias's, or some columns."""
+    x, weight, bias = (call.option(place, name) for place, name in enumerate(("input", "weight", "bias")))
+    division, peers = weight.division, weight.division.peers
+    rows, held = division.dim == 0, isinstance(bias, Divided)
+    if division.length or (bias is not None and held != rows) or (not rows and division.outer > 1):
+        raise Undividable("it meets a product with a matrix that is divided in another way")
+    if rows:
+        return by_columns(x, part_of(weight), part_of(bias) if held else None, peers, division.outer)
+    return by_rows(x, part_of(weight), bias, peers)
 
 
 def _addmm(call: Call) -> Any:
@@ -262,7 +277,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("shape size"), _size),
     **dict.fromkeys(_names("numel nelement"), _count),
     "__len__": _length,
-    "linear": _of_first(_linear),
+    "linear": _linear,
     "scaled_dot_product_attention": _attention,
     "cross_entropy": cross_entropy,
     **{name: _of_first(rule) for name, rule in views.RULES.items()},

@@ -61,6 +61,50 @@ GATHERED = {
 }
 """What needs the whole, and so gets it."""
 
+TARGET = torch.tensor([[[0, 1, 3, 2, -100], [3, 3, 0, 1, 2], [1, -100, 2, 0, 0]]]).expand(B, T, W)
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.0])
+
+
+def classes(x):
+    """[B, T, H, W] -> [B, H, T, W]: each head a class."""
+    return x.transpose(1, 2)
+
+
+LOSSES = {
+    "of positions": lambda x, w: F.cross_entropy(classes(x * w), TARGET),
+    "flat": lambda x, w: F.cross_entropy(x.permute(0, 1, 3, 2).reshape(-1, H), TARGET.flatten(), reduction="sum"),
+    "of one": lambda x, w: F.cross_entropy(x[0, 0, :, 0] * w, TARGET[0, 0, 1]),
+    "not reduced": lambda x, w: F.cross_entropy(classes(x), TARGET, reduction="none") * w,
+    "another index": lambda x, w: F.cross_entropy(classes(x), TARGET.clamp(0), ignore_index=3) * w,
+    "smoothed": lambda x, w: F.cross_entropy(classes(x * w), TARGET, label_smoothing=0.3),
+    "weighted": lambda x, w: F.cross_entropy(classes(x), TARGET, WEIGHTS, reduction="none") * w,
+    "weighted and smoothed": lambda x, w: torch.nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.2)(classes(x), TARGET),
+    "sum of both": lambda x, w: F.cross_entropy(classes(x), TARGET, WEIGHTS, label_smoothing=0.2, reduction="sum"),
+    "large and impossible": lambda x, w: F.cross_entropy(
+        classes(x * 1000).masked_fill(torch.arange(H)[:, None, None] == 3, -1e30), TARGET.clamp(0, 2)
+    ),
+    "of probabilities": lambda x, w: F.cross_entropy(classes(x), classes(x.detach()).softmax(1)) * w,
+    "in low precision": lambda x, w: F.cross_entropy(classes(x).bfloat16().float(), TARGET),
+}
+"""Cross entropy over what is divided; the loss is whole."""
+
+UNEVEN = {
+    "a norm": lambda x, w: F.layer_norm(x, (H, W)) * w,
+    "a product": lambda x, w: F.linear(x.flatten(2), w.expand(7, H * W), w.expand(7)),
+    "a view": lambda x, w: x.view(B, T, -1).unflatten(-1, (W, H)).transpose(1, 2).contiguous() * w,
+    "shortcuts": lambda x, w: x + w * torch.arange(T)[:, None, None] + (x > 0) * x.mean(-1, keepdim=True),
+    "cat": lambda x, w: torch.cat([x[:, :, :1], x * w], dim=2),
+}
+"""Of [B, T, H, W], divided along T = 3 over two processes; what stays so."""
+
+PUT_TOGETHER = {
+    "positions into samples": lambda x, w: x.flatten(0, 1) * w,
+    "positions apart": lambda x, w: torch.cat(x.chunk(3, 1)[::-1]) * w,
+    "some positions": lambda x, w: x[:, 1:] * w + x[:, :1],
+    "repeated positions": lambda x, w: x.repeat_interleave(2, dim=1) * w,
+}
+"""Of the same, what does not."""
+
 
 def heads(x):
     return x.transpose(1, 2), x.transpose(1, 2).cos(), x.transpose(1, 2).sin()
@@ -90,12 +134,14 @@ def backward(result):
 def compare_all():
     """Each operation, on whole and on divided values; the gradient of the part is the part of the gradient."""
     peers, wrong = peers_of_two(), []
-    for name, operation in {**BY_HEADS, **GATHERED}.items():
+    by_heads, by_positions = Division(peers, 2), Division(peers, 1, length=T)
+    rows = [(by_heads, {**BY_HEADS, **GATHERED, **LOSSES}), (by_positions, {**UNEVEN, **PUT_TOGETHER})]
+    for division, name, operation in [(d, *item) for d, operations in rows for item in operations.items()]:
         (x, w), (y, v) = values(), values()
         expected = operation(x, w)
         backward(expected)
-        found = operation(divide(peers.own(peers.copy(y), 2), Division(peers, 2)), v)
-        if isinstance(found, Divided) != (name in BY_HEADS):
+        found = operation(divide(peers.take(y, division.dim), division), v)
+        if isinstance(found, Divided) != (name in BY_HEADS or name in UNEVEN):
             wrong.append(f"{name}: {type(found).__name__}")
         whole = whole_of(found)
         torch.testing.assert_close(whole, expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -20,6 +17,7 @@ from accel.runtime.example import Inputs, example_inputs
 from accel.runtime.shards import held_parameters
 
 from .activations import Activations
+from .layer import own_kernels
 from .layers import apply
 from .observe import Observation, observe
 from .plan import Decision, Decisions, Planner, groups
@@ -42,7 +40,7 @@ class DividedModel:
         originals = held_parameters(model)
         broadcast_in_place([t.detach() for t in (*originals, *model.buffers())], self.group)
         inputs = example_inputs(model, strategy.options.example, "strategies.tensor.example")
-        with _own_kernels():
+        with own_kernels():
             self.numbers = Numbers(model, inputs, self.group, strategy.device)
             self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
             expected = check.run(model, inputs)
@@ -138,14 +136,3 @@ class DividedModel:
 def _from_all(value: T) -> list[T]:
     """What each process of the run has: stages and replicas of a model must be divided alike."""
     return gather_object(value, dist.group.WORLD)
-
-
-@contextlib.contextmanager
-def _own_kernels() -> Iterator[None]:
-    """Inside, torch's transformer layers call their sublayers in evaluation too, as they do in training."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

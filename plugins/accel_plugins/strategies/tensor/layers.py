@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from accel.errors import PrepareError
 from accel.runtime.adopt import own_class
 from accel.runtime.divided.peers import Peers
 from accel.runtime.divided.products import added_up, by_columns, by_rows
-from accel.runtime.divided.tensor import Divided, whole_of
-from accel.runtime.nested import map_tensors
+from accel.runtime.divided.tensor import whole_of
 from accel.runtime.shards import held_parameters
+
+from .composites import Experts, Heads, HeadsOut
+from .layer import Layer
 
 _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
@@ -41,74 +42,6 @@ def is_transposed(module: nn.Module) -> bool:
 def is_table(module: nn.Module) -> bool:
     """Whether a layer is just an embedding."""
     return own_class(module) is nn.Embedding
-
-
-class Layer:
-    """Mixin of all modules of a model that is divided: forward sees plain tensors for parameters."""
-
-    _peers: Peers
-    _mesh: DeviceMesh
-    _own_forward: ClassVar[Any]
-    _pieces = 1
-    divided_dims: ClassVar[Mapping[str, int]] = {}
-    """The dim along which each parameter is divided, by name; others are held whole."""
-
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)  # type: ignore[misc]
-        if _inside.depth and isinstance(value, DTensor) and value.device_mesh == self._mesh:
-            return value.full_tensor() if value.placements[0].is_shard() else value.to_local()
-        return value
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise PrepareError(
-            f"copy.deepcopy: this {type(self).__name__} is divided among the processes and cannot be copied; copy it "
-            "before prepare() and prepare both, whose parameters then pair up; for its weights, use get_state_dict()"
-        )
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not _inside.depth and self._peers.begins:
-            self._peers.begins()
-        _inside.depth += 1
-        try:
-            output = self.compute(*args, **kwargs)
-        finally:
-            _inside.depth -= 1
-            if not _inside.depth:
-                self._peers.forget()
-        return output if _inside.depth else map_tensors(self._leave, output, Divided)
-
-    def _leave(self, output: Divided) -> Any:
-        """What leaves the model is whole, but for logits if a loss shall find them divided."""
-        logits = self._peers.logits and output.division.dim == output.dim() - 1
-        return output if logits else whole_of(output)
-
-    def compute(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the user's own class."""
-        return self._own_forward(*args, **kwargs)
-
-    def own(self, name: str) -> Tensor | None:
-        """This process's part of a parameter that this layer divides, or the whole of one that it does not."""
-        value: Any = self._parameters.get(name)
-        dim = self.divided_dims.get(name)
-        if not isinstance(value, DTensor):  # no bias, or on another stage
-            return None if value is None else value.detach()
-        if dim is None or value.placements[0].is_shard(dim):
-            return value.to_local()
-        return self._peers.take(value.full_tensor(), dim)  # tied to what another layer holds whole
-
-    def dealt(self, name: str) -> Tensor | None:
-        """This process's part of a parameter: some rows, or some of each piece."""
-        part = self.own(name)
-        return part if part is None else self._peers.deal(part, self.divided_dims[name], self._pieces)
-
-
-class _Inside:
-    """How many forward calls of divided models are under way."""
-
-    depth = 0
-
-
-_inside = _Inside()
 
 
 class Column(Layer):
@@ -199,6 +132,9 @@ STYLES: dict[str, tuple[type[Layer], type[Layer]]] = {
     "row": (Row, TransposedRow),
     "gathered": (Head, TransposedHead),
     "vocabulary": (Vocabulary, Vocabulary),
+    "heads": (Heads, Heads),
+    "out": (HeadsOut, HeadsOut),
+    "experts": (Experts, Experts),
     "replicate": (Layer, Layer),
 }
 """The mixin of each way to hold a layer, and that for a weight of [in, out]."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from accel.errors import PrepareError
 
+from .composites import is_attention, is_experts, why_whole
 from .layers import is_linear, is_table, is_transposed
 from .observe import Observation
 
@@ -41,7 +42,7 @@ class Decision:
 
     def describe(self, size: int) -> str:
         """A line for people."""
-        held = {"gathered": f"column over {size}, gathered", "replicate": "replicated"}
+        held = {"gathered": f"column over {size}, gathered", "out": f"row over {size}", "replicate": "replicated"}
         if self.pieces > 1:
             held["column"] = f"column over {size}, in {self.pieces} pieces"
         return held.get(self.style, f"{self.style} over {size}") + (f" ({self.why})" if self.why else "")
@@ -58,6 +59,9 @@ class Planner:
         self.layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if is_linear(module) or is_table(module)
         }
+        self.composites: dict[str, Any] = {
+            name: module for name, module in model.named_modules() if is_attention(module) or is_experts(module)
+        }
         self.called = [name for name in seen.called if name in self.layers]
         self.decided: Decisions = {}
 
@@ -65,8 +69,12 @@ class Planner:
         """All layers by name. Raises PrepareError for a plan that cannot be followed."""
         for pattern, style in plan.items():
             for name in self._matched(pattern):
+                if name in self.composites:
+                    self._check_composite(name, style)
+                    continue
                 held = self._checked(name, style)
                 self.decided[name] = Decision(held, SETTING, self._pieces(name) if held == "column" else 1)
+        self._decide_composites()
         self._decide_pairs()
         self._decide_vocabulary()
         self._decide_uncalled()
@@ -75,7 +83,8 @@ class Planner:
 
     def _matched(self, pattern: str) -> list[str]:
         """The layers that a pattern of the user's names, or that are in a module that it names."""
-        names = [name for name in self.layers if _expression(pattern, inside=True).fullmatch(name)]
+        known = [*self.layers, *self.composites]
+        names = [name for name in known if _expression(pattern, inside=True).fullmatch(name)]
         if not names:
             raise PrepareError(
                 f"{SETTING}: {pattern!r} names no linear or embedding layer of {type(self.model).__name__}; it has: "
@@ -97,6 +106,26 @@ class Planner:
         if fault:
             raise PrepareError(f"{SETTING}: {name!r} {fault}")
         return style
+
+    def _check_composite(self, name: str, style: str) -> None:
+        """Take down what the user's plan says of attention or experts. Raises PrepareError but for `replicate`."""
+        if style != "replicate":
+            raise PrepareError(f"{SETTING}: {name!r} holds its matrices itself: replicate, or left out, not {style}")
+        self.decided[name] = Decision("replicate", SETTING)
+
+    def _decide_composites(self) -> None:
+        """torch's attention by heads, experts by expert."""
+        for name, module in self.composites.items():
+            out = f"{name}.out_proj"
+            if fault := why_whole(module, self.size):
+                self.decided.setdefault(name, Decision("replicate", fault))
+            elif name in self.decided or out in self.decided:
+                self.decided.setdefault(name, Decision("replicate", SETTING))
+            elif is_attention(module):
+                self.decided[name] = Decision("heads", f"derived: {module.num_heads} heads, feeds {out}")
+                self.decided[out] = Decision("out", f"derived: fed by {name}")
+            else:
+                self.decided[name] = Decision("experts", f"derived: {module.num_experts} experts")
 
     def _decide_pairs(self) -> None:
         """Columns and the rows that they feed, in the order in which the model calls the rows."""

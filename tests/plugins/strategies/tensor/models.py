@@ -65,6 +65,18 @@ def shared_gpt():
     return GPT(shared=True)
 
 
+class Short(GPT):
+    """Sequences that neither two nor four processes can divide evenly; the rest of what it is given it leaves out."""
+
+    def forward(self, tokens):
+        out = super().forward(tokens[:, : LENGTH - 1])
+        return F.pad(out, (0, 0, 0, 1))
+
+
+def short_gpt():
+    return Short()
+
+
 class FusedAttention(nn.Module):
     """One projection for query, key and value, and torch's own attention, as in nanoGPT."""
 

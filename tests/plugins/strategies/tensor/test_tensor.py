@@ -22,12 +22,18 @@ class Sent(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.elements = []
+        self.elements, self.calls = [], []
+
+    def least(self, n):
+        """What a process would have to send at least: an all-reduce twice what a gather or an exchange does."""
+        counts = zip(self.calls, self.elements, strict=True)
+        return sum(count * (n - 1) * (2 if "allreduce" in name else 1) // n for name, count in counts)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             tensors = args[0][0] if isinstance(args[0][0], list) else args[0]
             self.elements.append(sum(tensor.numel() for tensor in tensors))
+            self.calls.append(function.__name__)
         return function(*args, **(kwargs or {}))
 
 
