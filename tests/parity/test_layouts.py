@@ -20,10 +20,11 @@ from accel.testing.training import Run, Trained, adamw, deviation, prepare, trai
 from accel.testing.training import epoch as train_epoch
 
 PIPELINE, TENSOR, CONTEXT = {"size": 2, "micro_batches": 2}, {"size": 2}, {"size": 2}
+DIVIDED = {**TENSOR, "sequence_parallel": True, "loss_parallel": True}
 
 LAYOUTS: dict[str, tuple[int, Any]] = {
     "tensor x ddp": (4, {"tensor": TENSOR, "ddp": {}}),
-    "tensor x zero3": (4, {"tensor": TENSOR, "zero3": {"minimum_size": 0}}),
+    "tensor x zero3": (4, {"tensor": DIVIDED, "zero3": {"minimum_size": 0}}),
     "context x zero3": (4, {"context": CONTEXT, "zero3": {"minimum_size": 0}}),
     "pipeline x ddp": (4, {"pipeline": PIPELINE, "ddp": {}}),
     "pipeline x zero2": (4, {"pipeline": PIPELINE, "zero2": {"minimum_size": 0}}),
@@ -31,7 +32,7 @@ LAYOUTS: dict[str, tuple[int, Any]] = {
     "pipeline x tensor": (4, {"pipeline": PIPELINE, "tensor": TENSOR}),
     "3d with ddp": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "ddp": {}}),
     "3d with zero1": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "zero1": {"minimum_size": 0}}),
-    "3d with zero3": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "zero3": {"minimum_size": 0}}),
+    "3d with zero3": (8, {"pipeline": PIPELINE, "tensor": DIVIDED, "zero3": {"minimum_size": 0}}),
     "tensor x hsdp": (8, {"tensor": TENSOR, "zero3": {"replicas": 2, "minimum_size": 0}}),
 }
 """Processes, and the setting `strategies`."""

@@ -146,18 +146,18 @@ def test_dropout_of_what_all_hold_is_alike():
     assert first == second and len(set(map(tuple, first))) > 1
 
 
-def save(folder, n):
+def save(folder, n, make):
     accelerator = accelerator_for(n, {"tensor": {"size": n}} if n > 1 else "single")
-    model = make_of_seed(models.tied_gpt, 0)
+    model = make_of_seed(make, 0)
     model, optimizer = accelerator.prepare(model, adamw(model))
     losses = [one_step(accelerator, model, optimizer, seed) for seed in range(2)]
     accelerator.save_state(folder)
     return losses + [one_step(accelerator, model, optimizer, seed) for seed in range(2, 4)]
 
 
-def load(folder, n):
+def load(folder, n, make):
     accelerator = accelerator_for(n, {"tensor": {"size": n}} if n > 1 else "single")
-    model = make_of_seed(models.tied_gpt, 7)
+    model = make_of_seed(make, 7)
     model, optimizer = accelerator.prepare(model, adamw(model))
     accelerator.load_state(folder)
     return [one_step(accelerator, model, optimizer, seed) for seed in range(2, 4)]
@@ -170,10 +170,10 @@ def one_step(accelerator, model, optimizer, seed):
     return loss.item()
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (1, 2)])
-def test_checkpoints_load_on_another_number_of_processes(saved, loaded, tmp_path):
-    expected = run(saved, save, str(tmp_path / "state"), saved)[0]
-    assert run(loaded, load, str(tmp_path / "state"), loaded)[0] == pytest.approx(expected[2:], rel=1e-6)
+@pytest.mark.parametrize(("saved", "loaded", "make"), [(2, 1, models.tied_gpt), (1, 2, models.Encoder)])
+def test_checkpoints_load_on_another_number_of_processes(saved, loaded, make, tmp_path):
+    expected = run(saved, save, str(tmp_path / "state"), saved, make)[0]
+    assert run(loaded, load, str(tmp_path / "state"), loaded, make)[0] == pytest.approx(expected[2:], rel=1e-6)
 
 
 class OneHead(nn.Module):
