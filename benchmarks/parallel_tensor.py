@@ -197,7 +197,8 @@ def work(name: str, shape: Shape, steps: int, network: bool) -> dict[str, Any]:
         losses.append(loss.item())
     dist.barrier()
     total = (sent() - start) / steps
-    with Kept(model) as kept:
+    kept = Kept(model)
+    with kept:
         backward(model(make_batch(shape, 0, 0)))
     if not network:
         with Traffic() as traffic:

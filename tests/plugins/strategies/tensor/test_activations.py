@@ -46,8 +46,9 @@ def part_address(parameter):
 def cost(**options):
     """What a step of a GPT keeps and sends; elements, the least that its collectives could do with."""
     accelerator, model = prepared(models.GPT, **options)
+    saved = Saved(model)
     with Sent() as sent:
-        with Saved(model) as saved:
+        with saved:
             loss = models.loss_of(model, 0)
         accelerator.backward(loss)
     return saved.total(), sent.least(2)
