@@ -49,7 +49,8 @@ def _loss(
     x = x - peers.largest(x.detach().amax(-1)).unsqueeze(-1)  # so that no exponential overflows
     place = target - peers.index * width
     here = (place >= 0) & (place < width)
-    at_target = x.gather(-1, place.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+    rows = x.reshape(-1, width)  # indexing keeps nothing for backward, `gather` would keep all of it
+    at_target = rows[torch.arange(rows.shape[0], device=x.device), place.clamp(0, width - 1).flatten()].view_as(place)
     shares = [x.exp().sum(-1), torch.where(here, at_target, 0.0)]
     if smoothing:
         shares.append(x.sum(-1) if weight is None else (x * peers.own(weight, 0)).sum(-1))
