@@ -47,10 +47,10 @@ def cost(**options):
     """What a step of a GPT keeps and sends; elements, the least that its collectives could do with."""
     accelerator, model = prepared(models.GPT, **options)
     saved = Saved(model)
+    with saved:
+        accelerator.backward(models.loss_of(model, 0))
     with Sent() as sent:
-        with saved:
-            loss = models.loss_of(model, 0)
-        accelerator.backward(loss)
+        accelerator.backward(models.loss_of(model, 0))
     return saved.total(), sent.least(2)
 
 
