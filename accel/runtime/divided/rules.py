@@ -116,9 +116,13 @@ def _norm(call: Call) -> Any:
 
 
 def _linear(call: Call) -> Any:
-    """By a matrix that all processes hold, along any dim but the last; or by one that is divided."""
-    if isinstance(call.option(1, "weight"), Divided):
-        return _linear_by_divided(call)
+    """By a matrix that is divided, or by one that all processes hold."""
+    by_divided = isinstance(call.option(1, "weight"), Divided)
+    return _linear_by_divided(call) if by_divided else _of_first(_linear_by_whole)(call)
+
+
+def _linear_by_whole(call: Call) -> Any:
+    """By a matrix that all processes hold, along any dim but the last."""
     first, division = call.first, call.first.division
     if division.dim == first.dim() - 1:
         raise Undividable("it meets a product over what would be divided")
