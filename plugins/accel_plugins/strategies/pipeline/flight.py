@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from accel.errors import PrepareError
@@ -241,7 +242,8 @@ class Flight:
 
     def _fail(self, error: Exception, where: str) -> None:
         self._error = error
-        self._failure = Failure(f"{where} of {self.model.split.stages} failed: {type(error).__name__}: {error}")
+        place = f"{where} of {self.model.split.stages}, on rank {dist.get_rank()}"
+        self._failure = Failure(f"{place}, failed: {type(error).__name__}: {error}")
 
     def _check_present(self, output: Any) -> None:
         for path, tensor in tensors(output):

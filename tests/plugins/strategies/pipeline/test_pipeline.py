@@ -151,15 +151,23 @@ def test_a_process_holds_its_stage_only():
         assert held <= of_blocks + outside
 
 
-def in_flight(schedule, micro_batches):
-    accelerator, model, _ = prepared("gpt", {"schedule": schedule, "micro_batches": micro_batches})
-    accelerator.backward(loss_of(CASES["gpt"], model, CASES["gpt"].batch(0, micro_batches)))
-    return accelerator.strategies[0].staged(model).peak
+def in_flight(micro_batches):
+    found = {}
+    for schedule in SCHEDULES:
+        accelerator, model, _ = prepared("deep gpt", {"schedule": schedule, "micro_batches": micro_batches})
+        accelerator.backward(loss_of(CASES["deep gpt"], model, CASES["deep gpt"].batch(0, micro_batches)))
+        found[schedule] = accelerator.strategies[0].staged(model).peak
+    told = accelerator.describe(model).parts["pipeline"]
+    return found, [said for said in told.values() if said.startswith("gradients of weights wait")]
 
 
 def test_1f1b_keeps_few_micro_batches():
-    assert run(4, in_flight, "gpipe", 6) == [6, 6, 6, 6]
-    assert run(4, in_flight, "1f1b", 6) == [4, 3, 2, 1]
+    found, told = zip(*run(4, in_flight, 6), strict=True)
+    assert [peaks["gpipe"] for peaks in found] == [6, 6, 6, 6]
+    assert [peaks["1f1b"] for peaks in found] == [4, 3, 2, 1]
+    assert [peaks["interleaved"] for peaks in found] == [12, 12, 12, 12], "of stages of half the size"
+    assert [peaks["zero_bubble"] for peaks in found] == [6, 6, 6, 6]
+    assert [len(lines) for lines in told] == [0, 1, 1, 2], "for the first stage nobody waits; the end is one more"
 
 
 def sent_bytes(outputs):
@@ -444,6 +452,29 @@ def fail_and_go_on():
 
 def test_an_error_in_one_stage_reaches_the_others_and_the_next_call_works():
     assert run(2, fail_and_go_on) == [True, True]
+
+
+def fail_in_backward():
+    case = Case(Fails, None, None, VECTORS)
+    accelerator = accelerator_for(case, {"split": ["blocks.2"], "schedule": "zero_bubble"}, num_processes=2)
+    model = accelerator.prepare(make(case))
+
+    def fail(gradient):
+        raise ValueError("broken")
+
+    def fail_later(module, args, output):
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    if accelerator.process_index == 1:
+        model.blocks[2].register_forward_hook(fail_later)
+    accelerator.backward(model(torch.ones(4, WIDTH)).sum())
+
+
+def test_an_error_in_backward_ends_all_stages_and_names_its_rank():
+    with pytest.raises(ValueError, match="broken") as caught:
+        run(2, fail_in_backward)
+    assert "rank 1" in "".join(caught.value.__notes__)
 
 
 def resume(folder, pipelined, save):
