@@ -27,12 +27,14 @@ LAYOUTS: dict[str, tuple[int, Any]] = {
     "tensor x zero3": (4, {"tensor": DIVIDED, "zero3": {"minimum_size": 0}}),
     "context x zero3": (4, {"context": CONTEXT, "zero3": {"minimum_size": 0}}),
     "pipeline x ddp": (4, {"pipeline": PIPELINE, "ddp": {}}),
+    "pipeline x zero1": (4, {"pipeline": {**PIPELINE, "outputs": "last"}, "zero1": {"minimum_size": 0}}),
     "pipeline x zero2": (4, {"pipeline": PIPELINE, "zero2": {"minimum_size": 0}}),
     "pipeline x zero3": (4, {"pipeline": PIPELINE, "zero3": {"minimum_size": 0}}),
     "pipeline x tensor": (4, {"pipeline": PIPELINE, "tensor": TENSOR}),
     "3d with ddp": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "ddp": {}}),
     "3d with zero1": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "zero1": {"minimum_size": 0}}),
     "3d with zero3": (8, {"pipeline": PIPELINE, "tensor": DIVIDED, "zero3": {"minimum_size": 0}}),
+    "pipeline x hsdp": (8, {"pipeline": PIPELINE, "zero3": {"replicas": 2, "minimum_size": 0}}),
     "tensor x hsdp": (8, {"tensor": TENSOR, "zero3": {"replicas": 2, "minimum_size": 0}}),
 }
 """Processes, and the setting `strategies`."""

@@ -250,5 +250,6 @@ class Flight:
             if isinstance(tensor, Absent):
                 raise PrepareError(
                     f"pipeline: output{path} needs {tensor.origin!r} of an earlier stage, which the example did not: "
-                    "let strategies.pipeline.example describe inputs with which it does"
+                    "let strategies.pipeline.example describe inputs with which it does, or ask for it before prepare, "
+                    "as by model.config.output_hidden_states = True"
                 )

@@ -19,6 +19,7 @@ from accel.runtime.example import example_inputs, tried_out
 from accel.runtime.nested import map_tensors, tensors
 
 from .batches import Batch, Layout, layout_of, merge
+from .checks import check_compiled
 from .message import Message
 from .parts import Stage, find_parts, listen_to
 from .run import Run
@@ -60,6 +61,7 @@ def make_plan(model: nn.Module, strategy: Pipeline) -> Plan:
     blocks = _find_blocks(model, strategy, args, kwargs)
     parts = find_parts(model, blocks)
     names = {name for name, module in parts.items() if id(module) in {id(block) for block in blocks}}
+    check_compiled(model, parts.values())
     stage = listen_to(parts)
     with tried_out(model):
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}

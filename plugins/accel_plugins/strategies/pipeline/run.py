@@ -15,6 +15,7 @@ from accel.runtime.divided.tensor import whole_of
 from accel.runtime.nested import tensors as tensors_in
 
 from .absent import Absent, AbsentParameter, absent
+from .checks import refuse_autograd_functions
 from .message import Called, Leaf, Message
 from .nest import put_together, take_apart
 from .parts import Stage
@@ -63,7 +64,7 @@ class Run:
         """Run the user's forward as far as this stage goes; returns its output, None if a later stage has it."""
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it skips the parts of torch's own transformer
-        self.parts.listener = self
+        self.parts.listener, self._learns = self, torch.is_grad_enabled()
         try:
             with self._streams.shared(self.message.seed):
                 return function(*args, **kwargs)
@@ -114,6 +115,8 @@ class Run:
     def _compute(self, part: str, ordinal: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._replayed < len(self.message.calls) and self.stage < self.split.stages:
             self._diverged(part)
+        if self._learns and not torch.is_grad_enabled():
+            refuse_autograd_functions(part, Run.forward.__code__)
         self.inside = True
         try:
             with self._streams.own():

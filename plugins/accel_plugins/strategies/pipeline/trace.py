@@ -21,6 +21,7 @@ from accel.runtime.blocks import has_parameters
 from accel.runtime.nested import tensors
 
 from .absent import FRESH, written
+from .checks import refuse_autograd_functions
 from .nest import take_apart
 from .parts import Stage
 
@@ -123,6 +124,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A part is called: note what it reads and returns. One without parameters or random numbers is no part."""
+        refuse_autograd_functions(name, trace.__code__)
         self.note_changes()
         before = {key: set(sources) for key, sources in self._sources.items()}
         self.inside, self._here = True, _Inside()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from accel import Accelerator
 from accel.errors import PrepareError
@@ -532,7 +534,35 @@ class Changes(nn.Module):
         return self.blocks[1](x)
 
 
+class Checkpointed(Fails):
+    """Blocks whose activations are computed again in backward, each called from within the checkpoint."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of inputs that want no gradient
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def compiled(whole):
+    model = Fails()
+    if whole:
+        model.compile(backend="eager")
+    else:
+        model.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in model.blocks)
+    return model
+
+
 OUTCOMES = {
+    "a compiled model": (functools.partial(compiled, True), {}, "compile blocks instead"),
+    "what torch.compile returns": (functools.partial(compiled, False), {}, "block.compile()"),
+    "a checkpoint that is a function": (functools.partial(Checkpointed, True), {}, "use_reentrant=False"),
+    "a checkpoint": (functools.partial(Checkpointed, False), {}, "right"),
     "samples computed together": (TwoOutputs, {}, "are samples computed together"),
     "batch norm": (functools.partial(CNN, norm=True), {}, "micro_batches: 1"),
     "no such block": (Skips, {"split": ["upp"]}, "names no module"),
@@ -556,9 +586,8 @@ def outcome(make_model, options):
     case = Case(make_model, None, None, {**VECTORS, **options})
     x = torch.ones(4, 1, 8, 8) if "norm" in getattr(make_model, "keywords", {}) else torch.ones(4, WIDTH)
     try:
-        model = make(case)
-        expected = model(x)
-        torch.testing.assert_close(accelerator_for(case, num_processes=2).prepare(model)(x), expected)
+        found = accelerator_for(case, num_processes=2).prepare(make(case))(x)
+        torch.testing.assert_close(found, make(case)(x))
     except PrepareError as error:
         return str(error)
     return "right"
