@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TABLES = ("tensor", "pipeline", "context", "scale")
+TABLES = ("tensor", "pipeline", "pipeline_cpu", "context", "scale")
 
 
 def main() -> None:
