@@ -14,7 +14,7 @@ from torch import Tensor
 from ...storage import CHUNK
 
 LARGE = 4 << 20
-"""The least bytes for which it is worth it: two large pages."""
+"""The least bytes for which large pages, two of them, and threads are worth it."""
 
 THREADS, MOST_THREADS = 2, 8
 """Of a copy: at the least, and at the most, where torch has as many; by then the memory is what it waits for."""

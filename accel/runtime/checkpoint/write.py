@@ -15,7 +15,7 @@ from ...interfaces import Checkpoint, Entry, File, Place
 from ...storage import Geometry, Range, Writer
 from .contents import SMALL, Contents, State, collect_random
 from .exchange import Exchange
-from .memory import copy_bytes
+from .memory import LARGE, copy_bytes
 from .ownership import Duty, Held, all_entries, duties
 from .parts import as_bytes, box_of, entry_of, geometries, item_size, local_of
 
@@ -66,7 +66,7 @@ class Work:
         done, ready = 0, []
         for piece in self.pieces:
             target = buffer[done : done + piece.duty.stop - piece.duty.start]
-            if piece.is_ready:
+            if len(target) >= LARGE and piece.is_ready:
                 ready.append((target, piece.bytes()))
             else:
                 target.copy_(piece.bytes())
