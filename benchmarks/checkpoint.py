@@ -84,8 +84,8 @@ class Contenders:
         return model, torch.optim.Adam(model.parameters())
 
     def compute(self) -> None:
-        """Some 13 GFLOP on each process, in less time than a save takes."""
-        x = torch.ones(256, 1024, requires_grad=True)
+        """Some 13 GFLOP on each process for 1 GB, in less time than a save takes."""
+        x = torch.ones(max(self.megabytes // 4, 1), 1024, requires_grad=True)
         y = x
         for weight in self.weights:
             y = y @ weight
