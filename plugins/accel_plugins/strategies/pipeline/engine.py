@@ -15,6 +15,7 @@ from .absent import absent_parameter
 from .batches import Batch
 from .flight import Flight
 from .nest import put_together
+from .outputs import Awaited
 from .plan import make_plan
 from .streams import Streams
 from .tied import Tied
@@ -168,7 +169,9 @@ class _Land(torch.autograd.Function):
         ctx: Any, flight: Flight, values: list[Tensor], learning: list[bool], anchor: Tensor, *inputs: Tensor
     ) -> Any:
         ctx.flight = flight
-        return tuple(value.detach() for value, learns in zip(values, learning, strict=True) if learns)
+        made = [value for value, learns in zip(values, learning, strict=True) if learns]
+        ctx.known = {place for place, value in enumerate(made) if not isinstance(value, Awaited)}
+        return tuple(value.detach() for value in made)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -138,6 +138,8 @@ def await_output(shape: Any, dtype: torch.dtype, device: torch.device, name: str
 
 def tell_loss(loss: Tensor, wire: Wire) -> None:
     """Let all stages know what the loss is on the last one; all processes along the pipeline."""
+    if isinstance(loss, Awaited):
+        _check_unmixed(loss)
     if loss.numel() != 1:
         return
     last = wire.group.size() - 1
@@ -153,3 +155,21 @@ def _with_values(given: Any) -> Any:
 
 def _any_absent(given: Any) -> bool:
     return any(isinstance(leaf, Absent) for leaf in tree_leaves(given))
+
+
+def _check_unmixed(loss: Tensor) -> None:
+    """Raise PrepareError if a loss whose gradient has no values here would send it to a tensor that has them."""
+    nodes, seen = [loss.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        for following, place in node.next_functions if node is not None else ():
+            variable = getattr(following, "variable", None)
+            if variable is not None or place in getattr(following, "known", ()):
+                what = "parameters of its own" if variable is not None else "a number that the model returned"
+                raise PrepareError(
+                    f"backward: the loss is made of {what} besides outputs of the last stage, and their gradients are "
+                    "not known here; set strategies.pipeline.outputs: all"
+                )
+            if following is not None and following not in seen and not hasattr(following, "known"):
+                seen.add(following)
+                nodes.append(following)
