@@ -80,7 +80,7 @@ class Borders:
 class Whereabouts:
     """Which modules put a sequence together while a model runs, and for what; `found` is by name of the module.
 
-    `divided` are those that return a divided tensor.
+    `divided` are those that return a part of one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -102,7 +102,7 @@ class Whereabouts:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.current.pop()
-        if isinstance(output, Divided):
+        if isinstance(output, Divided) and output.division.sources:
             self.divided.add(name)
 
     def note(self, sources: Any, reason: Exception) -> None:
