@@ -111,6 +111,11 @@ class Strategy:
         """
 
     @property
+    def steps_whole(self) -> bool:
+        """Whether optimizers are to find parameters, gradients and state whole while they step."""
+        return False
+
+    @property
     def reduce_dtype(self) -> str | None:
         """Name of the torch dtype in which gradients are exchanged; None if in that of the parameters."""
         return None

@@ -22,6 +22,9 @@ from .nested import leaves, map_tensors, tensors
 
 T = TypeVar("T")
 
+_CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
+"""By bytes, as what an element is sent that only has to arrive: backends know few dtypes, and no float8."""
+
 
 def is_tensors(value: Any) -> bool:
     """Whether a value is made of tensors and containers of them alone, at least one."""
@@ -108,8 +111,9 @@ def broadcast(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
 
 def broadcast_in_place(values: Sequence[Tensor], group: ProcessGroup, source: int = 0) -> None:
     """Overwrite tensors with those of rank `source`; few large messages, as torch's DDP sends them at its start."""
-    if values:
-        dist._broadcast_coalesced(group, list(values), 250 << 20, source)  # type: ignore[attr-defined]
+    sent = [value.detach().view(_CARRIERS.get(value.itemsize, value.dtype)) for value in values]
+    if sent:
+        dist._broadcast_coalesced(group, sent, 250 << 20, source)  # type: ignore[attr-defined]
 
 
 def gather_object(value: T, group: ProcessGroup | None) -> list[T]:

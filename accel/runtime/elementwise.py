@@ -3,6 +3,8 @@
 DTensor decides anew for each operation how to distribute it, which for small parameters takes longer than the
 operation itself. Where numbers do not meet (no norms of whole parameters, no products of matrices) it always finds that
 each process works on its own part.
+
+Others may see whole tensors: every process then does the whole step, and keeps its parts of what that has made.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from . import trial
 from .adopt import own_class
-from .shards import held_part, like_part
+from .shards import divide_like, held_part, like_part, whole_tensor
 
 _KNOWN = {
     torch.optim.SGD,
@@ -30,8 +33,15 @@ _KNOWN = {
     torch.optim.Adagrad,
     torch.optim.Adadelta,
     torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
 }
 """Classes whose step is known to treat every number by itself; not their subclasses, which may not."""
+
+
+def objection(optimizer: Optimizer, parts: bool) -> str | None:
+    """Why this optimizer must not step parts of parameters, or not whole ones; None if it may. Same on all ranks."""
+    return None if own_class(optimizer) in _KNOWN else trial.objection(optimizer, parts)
 
 
 @contextmanager
@@ -45,6 +55,21 @@ def on_parts(optimizer: Optimizer) -> Iterator[None]:
         yield
         return
     lent = [_Lent(optimizer, parameters, place) for parameters, place in places]
+    try:
+        yield
+    finally:
+        for part in lent:
+            part.give_back()
+
+
+@contextmanager
+def on_whole(optimizer: Optimizer, wholes: dict[Tensor, nn.Parameter]) -> Iterator[None]:
+    """Let one step of an optimizer find whole plain tensors in place of divided parameters; all ranks.
+
+    `wholes` has the stand-in for each parameter, which is the same object in each step: an optimizer may keep things
+    for it elsewhere than in its state.
+    """
+    lent = [_LentWhole(optimizer, parameters, place, wholes) for parameters, place in _divided(optimizer)]
     try:
         yield
     finally:
@@ -76,24 +101,63 @@ class _Lent:
     def __init__(self, optimizer: Optimizer, parameters: list[Any], place: int) -> None:
         self.states, self.parameters, self.place = optimizer.state, parameters, place
         self.divided = parameters[place]
-        self.part = nn.Parameter(held_part(self.divided))
-        self.part.grad = held_part(self.divided.grad)
+        self.plain = self._stand_in()
+        self.plain.grad = self._see(self.divided.grad)
         self.kept: dict[str, Any] = self.states.pop(self.divided, {})
-        self.held = {key: held_part(v) if isinstance(v, Tensor) else v for key, v in self.kept.items()}
-        if self.held:
-            self.states[self.part] = dict(self.held)
-        parameters[place] = self.part
+        self.seen = {key: self._see(v) if isinstance(v, Tensor) else v for key, v in self.kept.items()}
+        if self.seen:
+            self.states[self.plain] = dict(self.seen)
+        parameters[place] = self.plain
 
     def give_back(self) -> None:
         """Put the parameter back, with the state that the step has left."""
         self.parameters[self.place] = self.divided
-        if self.part in self.states:
-            left = self.states.pop(self.part)
+        if self.plain in self.states:
+            left = self.states.pop(self.plain)
             self.states[self.divided] = {key: self._divided_again(key, value) for key, value in left.items()}
 
+    def _stand_in(self) -> nn.Parameter:
+        return nn.Parameter(held_part(self.divided))
+
+    def _see(self, tensor: Tensor) -> Tensor:
+        return held_part(tensor)
+
     def _divided_again(self, key: str, value: Any) -> Any:
-        if key in self.kept and self.held[key] is value:
+        if key in self.kept and self.seen[key] is value:
             return self.kept[key]
-        if not isinstance(value, Tensor) or not value.dim() or value.shape != self.part.shape:
+        return like_part(value, self.divided) if self._is_like_parameter(value) else value
+
+    def _is_like_parameter(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape == self.plain.shape
+
+
+class _LentWhole(_Lent):
+    """The same with whole tensors, of which this process keeps its parts."""
+
+    def __init__(
+        self, optimizer: Optimizer, parameters: list[Any], place: int, wholes: dict[Tensor, nn.Parameter]
+    ) -> None:
+        self.wholes = wholes
+        super().__init__(optimizer, parameters, place)
+
+    def give_back(self) -> None:
+        held_part(self.divided).copy_(self._own_part(self.plain.detach()))
+        super().give_back()
+        self.plain.data, self.plain.grad = self.plain.data.new_empty(0), None
+
+    def _stand_in(self) -> nn.Parameter:
+        whole = self._see(self.divided)
+        plain = self.wholes.setdefault(self.divided, nn.Parameter(whole))
+        plain.data = whole
+        return plain
+
+    def _see(self, tensor: Tensor) -> Tensor:
+        return whole_tensor(tensor.detach())
+
+    def _divided_again(self, key: str, value: Any) -> Any:
+        if not self._is_like_parameter(value):
             return value
-        return like_part(value, self.divided)
+        return like_part(self._own_part(value).clone(), self.divided)  # else all of it would stay in memory
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        return held_part(divide_like(whole, self.divided))

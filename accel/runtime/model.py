@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import PrepareError
 from ..interfaces.precision import Precision
@@ -15,7 +14,7 @@ from ..interfaces.strategy import Strategy
 from .adopt import Adopted, Part, adopt, part_of
 from .deferred import Filling
 from .gradients import Arrivals
-from .shards import accept_whole_model_states, divide_state
+from .shards import accept_whole_model_states, divide_state, whole_tensor
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -129,8 +128,8 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any]:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in copies:
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            copies[id(value)] = full.detach() if full.is_meta else full.detach().to("cpu", copy=True)
+            full = whole_tensor(value).detach()
+            copies[id(value)] = full if full.is_meta else full.to("cpu", copy=True)
         return copies[id(value)]
 
     return {name: whole(value) for name, value in model.state_dict(keep_vars=True).items()}

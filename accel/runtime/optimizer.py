@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from .adopt import Adopted, Part, adopt, part_of
-from .elementwise import on_parts
+from .elementwise import on_parts, on_whole
 from .gradients import ExplicitWindow, Window
 from .shards import accept_whole_optimizer_states
 
@@ -43,6 +43,9 @@ class Owner:
     Its second argument says whether the optimizer's parameters are divided among processes.
     """
 
+    whole: bool
+    """Whether optimizers step whole parameters, where processes hold parts."""
+
 
 class OptimizerPart(Part):
     """What accel knows of one prepared optimizer, and what a precision sees of it: see `accel.interfaces.Steppable`.
@@ -60,6 +63,8 @@ class OptimizerPart(Part):
         self.unscaled = False
         self.open = False
         self.spent = True
+        self.wholes: dict[Tensor, nn.Parameter] = {}
+        """What takes a divided parameter's place while the optimizer steps whole ones."""
         self._entries = 0
 
     @property
@@ -73,7 +78,7 @@ class OptimizerPart(Part):
         inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
         if closure is not None:
             return inner(closure)
-        with on_parts(self.optimizer):
+        with on_whole(self.optimizer, self.wholes) if self.owner.whole else on_parts(self.optimizer):
             return inner()
 
     def on_any_process(self, flag: Tensor) -> Tensor:
@@ -108,6 +113,11 @@ class OptimizerPart(Part):
             raise PrepareError(
                 "optimizer.step(closure): an optimizer that calls the model itself cannot accumulate gradients; "
                 f"set gradient_accumulation_steps: 1, got {self.window.length}"
+            )
+        if closure is not None and self.owner.whole:
+            raise PrepareError(
+                "optimizer.step(closure): parameters are whole while the optimizer steps, and a closure would compute "
+                "with parts; call it before, and then step() without it"
             )
         self.calls += 1
         if not self.closing:

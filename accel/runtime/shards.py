@@ -92,6 +92,16 @@ def like_part(part: Tensor, model: Tensor) -> Tensor:
     )
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, plain; all ranks."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # float8, of which backends have not heard
+        sent: Any = like_part(held_part(tensor).view(torch.uint8), tensor)
+        return whole_tensor(sent).view(tensor.dtype)
+    return tensor.full_tensor()
+
+
 def accept_whole_model_states(model: nn.Module) -> None:
     """Let `model.load_state_dict` take whole tensors, and keep what `model.state_dict` gives from being pickled."""
     for module in model.modules():

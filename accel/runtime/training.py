@@ -27,7 +27,10 @@ class Training(Backward):
     def __init__(self) -> None:
         super().__init__()
         self._loaders: list[PreparedLoader] = []
-        self._owner = Owner(self.precision, self._before_step, self._after_step, self._dropped, self._on_any_process)
+        whole = any(strategy.steps_whole for strategy in self.strategies)
+        self._owner = Owner(
+            self.precision, self._before_step, self._after_step, self._dropped, self._on_any_process, whole
+        )
         self._replaced: dict[int, nn.Parameter] = {}
         self._tapes: list[Tape] = []
         redirect_torch(self.strategies, lambda: [part.model for part in self._models])
@@ -172,4 +175,6 @@ class Training(Backward):
                 f"(the first of shape {tuple(stray[0].shape)}) belong to no prepared model; pass their model to "
                 "prepare() too"
             )
+        if id(part) in self._verified:  # a group was added
+            self._check_optimizer(part.optimizer)
         self._verified[id(part)] = count

@@ -280,7 +280,7 @@ def test_when_blocks_are_whole(stage, options, counts):
 
 
 class Odd(nn.Module):
-    """Parameters of size 0, smaller than the number of ranks, not contiguous; integer and half buffers."""
+    """Parameters of size 0, smaller than the number of ranks, not contiguous; types that backends cannot send."""
 
     def __init__(self):
         super().__init__()
@@ -289,9 +289,17 @@ class Odd(nn.Module):
         self.turned = nn.Parameter(torch.randn(3, 5).t())
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.register_buffer("phases", torch.randn(2, 3, dtype=torch.complex64))
+        self.register_buffer("counts", torch.randint(9, (3,)).short())
+        self.narrow = nn.Parameter(torch.randn(3).to(torch.float8_e4m3fn), requires_grad=False)
+        self.spread = nn.Parameter(torch.randn(1, 3).expand(2, 3), requires_grad=False)
+        self.halves = nn.ParameterList(torch.randn(4, 3).split(2))  # beside each other in one memory
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
 
     def forward(self, x):
         self.steps += 1
+        x = self.normed(x * self.narrow.float() + self.phases.real.sum() * self.counts)
+        x = x * self.spread.sum(0) + (self.halves[0] - self.halves[1].square()).sum(0)
         return (x * self.small * self.mask) @ self.turned.t() + self.empty.sum()
 
 
@@ -299,7 +307,7 @@ def odd(stage):
     accelerator = accelerator_for(stage)
     rank, size = accelerator.process_index, accelerator.num_processes
     model, reference = make(rank, Odd), make(0, Odd)
-    mine, theirs = (torch.optim.Adam(m.parameters(), lr=0.1) for m in (model, reference))
+    mine, theirs = adamw(model), adamw(reference)
     model, mine = accelerator.prepare(model, mine)
     x = torch.randn(size, 2, 3, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
@@ -307,7 +315,9 @@ def odd(stage):
         reference(x.flatten(0, 1)).square().mean().backward()
         accelerator.clip_grad_norm_(model.parameters(), 1.0), nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
-    assert_same_weights(model, reference)
+    found = accelerator.get_state_dict(model)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(found[name].float(), value.float(), rtol=1e-6, atol=1e-6, msg=name)
     assert model.steps == 3
 
 
@@ -397,7 +407,38 @@ def mixed():
     return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
 
 
+class Alike(nn.Module):
+    """Two parameters in one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(4, 4))
+        self.other = nn.Parameter(self.one.data)
+
+
+class Inside(nn.Module):
+    """Uses a block's parameters without calling the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in "ab")
+
+    def forward(self, x):
+        return F.linear(x, self.blocks[0].weight)
+
+
+def holding(tensor):
+    model = nn.Module()
+    model.weight = nn.Parameter(tensor)
+    return model
+
+
 REFUSED = {
+    "script": (lambda: nn.Sequential(torch.jit.script(nn.Linear(2, 2))), "'0' is a torch.jit script"),
+    "complex": (lambda: holding(torch.ones(2, 2, dtype=torch.complex64)), "'weight' is complex; hold its"),
+    "expanded": (lambda: holding(torch.ones(1, 2).expand(2, 2)), "'weight' is expanded: .* make it of a .clone"),
+    "alike": (Alike, "'one' and 'other' are different tensors in the same memory"),
+    "wrapped": (lambda: nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), "the model is wrapped in Distributed"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "parameter '0.weight' has no shape yet; run one batch"),
     "mixed": (mixed, "'0.bias' is float32, '1.bias' is bfloat16; convert"),
     "sparse": (lambda: nn.Sequential(nn.Embedding(3, 2, sparse=True)), "'0' makes sparse gradients"),
@@ -414,6 +455,12 @@ def refused():
     for build, message in cases.values():
         with pytest.raises(PrepareError, match=f"prepare: zero3 cannot train this .*: .*{message}"):
             accelerator.prepare(build())
+    inside, x = accelerator.prepare(Inside()), torch.ones(2, 2)
+    with pytest.raises(PrepareError, match=r"parameters other than by calling .* set strategies\.zero3\.blocks"):
+        inside(x)
+    own = accelerator.prepare(nn.Linear(2, 2))
+    with pytest.raises(PrepareError, match=r"forward: 'bias' is not the parameter that was prepared"):
+        torch.func.functional_call(own, {"bias": own.bias * 2}, x)
     shared = nn.Linear(2, 2)
     accelerator.prepare(nn.Sequential(shared))
     with pytest.raises(PrepareError, match=r"parameter '1\.weight' belongs to another prepared model too"):
@@ -430,12 +477,26 @@ def test_models_that_cannot_be_divided_are_refused_by_name():
     run(2, refused)
 
 
-OPTIMIZERS = {
-    "LBFGS": torch.optim.LBFGS,
-    "Adafactor": torch.optim.Adafactor,
-    "Rprop": torch.optim.Rprop,
-    "SparseAdam": torch.optim.SparseAdam,
-}
+class Lars(torch.optim.Optimizer):
+    """Steps each parameter by its norm (You et al. 2017), which a divided one answers for its part alone."""
+
+    def __init__(self, parameters, lr=0.1):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"] * p.norm().item() / (p.grad.norm().item() + 1e-6))
+
+
+def muon(parameters):
+    return torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=0.02)
+
+
+WHOLE = {"Adafactor": torch.optim.Adafactor, "Lars": Lars, "Muon": muon}
+"""Optimizers that look at whole parameters."""
+
+OPTIMIZERS = {"LBFGS": torch.optim.LBFGS, "SparseAdam": torch.optim.SparseAdam, **WHOLE}
 
 
 def optimizers(stage, first):
@@ -446,7 +507,8 @@ def optimizers(stage, first):
         if first:
             accelerator.prepare(optimizer)
         objects = (model,) if first else (model, optimizer)
-        with pytest.raises(PrepareError, match=f"{stage} cannot divide the optimizer {name}: .* use another"):
+        advice = rf"set strategies\.{stage}\.step_on: whole, or use" if name in WHOLE else "use another"
+        with pytest.raises(PrepareError, match=f"{stage} cannot divide the optimizer {name}: .* {advice}"):
             accelerator.prepare(*objects)
 
 
@@ -457,23 +519,32 @@ def test_optimizers_that_cannot_be_divided_are_refused_by_name(stage, first):
 
 
 def others(stage):
-    """The rest of torch's optimizers, against one process."""
+    """The rest of torch's optimizers, and those that look at whole parameters, against one process."""
     makers = [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam]
-    makers += [torch.optim.RAdam, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.ASGD]
+    makers += [torch.optim.RAdam, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.ASGD, torch.optim.Rprop]
     for kind in makers:
-        accelerator = accelerator_for(stage)
-        rank = accelerator.process_index
-        model, reference = make(rank, Block), make(0, Block)
-        options = {} if kind in (torch.optim.SGD, torch.optim.ASGD) else {"eps": 1e-3}
-        mine, theirs = kind(model.parameters(), lr=1e-2, **options), kind(reference.parameters(), lr=1e-2, **options)
-        model, mine = accelerator.prepare(model, mine)
-        x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
-        for _ in range(3):
-            accelerator.backward(model(x[rank]).square().mean())
-            reference(x).square().mean().backward()
-            mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
-        for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(whole(a), b, rtol=1e-5, atol=1e-6, msg=kind.__name__)
+        plain = kind in (torch.optim.SGD, torch.optim.ASGD, torch.optim.Rprop)
+        settings = {"lr": 1e-2} if plain else {"lr": 1e-2, "eps": 1e-3}
+        beside(stage, {}, lambda p, kind=kind, settings=settings: kind(p, **settings), kind.__name__)
+    for name, maker in WHOLE.items():
+        beside(stage, {"step_on": "whole"}, maker, name)
+
+
+def beside(stage, options, maker, name):
+    """One optimizer, a step of which in the middle is after its state was saved and loaded."""
+    accelerator = accelerator_for(stage, options)
+    rank = accelerator.process_index
+    model, reference = make(rank, Block), make(0, Block)
+    mine, theirs = maker(model.parameters()), maker(reference.parameters())
+    model, mine = accelerator.prepare(model, mine)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        accelerator.backward(model(x[rank]).square().mean())
+        reference(x).square().mean().backward()
+        mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
+        mine.load_state_dict(mine.state_dict())
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(whole(a), b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @stages

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from accel import Accelerator
 from accel.errors import CheckpointError, PrepareError
@@ -406,14 +407,17 @@ def test_a_checkpoint_loads_under_another_strategy_and_number_of_processes(befor
 
 
 def averages(stage):
-    """An EMA of the weights: a copy made before prepare, prepared too."""
+    """An EMA of the weights: a copy made before prepare, by hand or by torch, and prepared too."""
     accelerator = accelerator_for(stage)
     model = make()
     ema = copy.deepcopy(model).requires_grad_(False)
-    model, ema, optimizer = accelerator.prepare(model, ema, adamw(model))
-    with pytest.raises(PrepareError, match=r"copy\.deepcopy: this LM is divided .* copy it before"):
+    torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    model, ema, torchs, optimizer = accelerator.prepare(model, ema, torchs, adamw(model))
+    with pytest.raises(PrepareError, match=r"copy\.deepcopy: this LM is divided .* AveragedModel, before prepare\(\)"):
         copy.deepcopy(model)
+    torchs.update_parameters(model)  # the first of all copies
     train_one(accelerator, model, optimizer, 0)
+    torchs.update_parameters(model)
     with torch.no_grad():
         for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
             average.lerp_(parameter, 0.5)
@@ -424,6 +428,7 @@ def averages(stage):
     start, trained, found = make().state_dict(), accelerator.get_state_dict(model), accelerator.get_state_dict(ema)
     for name in start:
         torch.testing.assert_close(found[name], (start[name] + trained[name]) / 2)
+        torch.testing.assert_close(accelerator.get_state_dict(torchs)[f"module.{name}"], found[name])
 
 
 def assert_same(found, expected):

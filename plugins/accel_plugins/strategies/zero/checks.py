@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from accel.errors import PrepareError
+from accel.runtime.adopt import own_class
+from accel.runtime.elementwise import objection
 
 if TYPE_CHECKING:
     from .strategy import Zero
 
 _NOT_SHARDABLE = {
     torch.optim.LBFGS: "it flattens all parameters and calls the model itself",
-    torch.optim.Adafactor: "it keeps row and column sums of whole matrices",
-    torch.optim.Rprop: "its step depends on comparisons that torch cannot make on parts of a parameter",
     torch.optim.SparseAdam: "it takes sparse gradients, which cannot be divided",
 }
 
 
 def check_model(model: nn.Module, strategy: Zero) -> None:
     """Raise PrepareError for a model that cannot be divided, naming the part of it that is at fault."""
-    for reason in (*_module_faults(model), *_parameter_faults(model, strategy), *_method_faults(model, strategy)):
+    faults = (_module_faults(model), _parameter_faults(model, strategy), _memory_faults(model))
+    for reason in chain(*faults, _method_faults(model, strategy)):
         raise PrepareError(f"prepare: {strategy.name} cannot train this {type(model).__name__}: {reason}")
 
 
@@ -36,10 +39,20 @@ def check_optimizer(optimizer: Optimizer, strategy: Zero) -> None:
     """Raise PrepareError for an optimizer that cannot work on parts of parameters."""
     for kind, reason in _NOT_SHARDABLE.items():
         if isinstance(optimizer, kind):
-            raise PrepareError(
-                f"prepare: {strategy.name} cannot divide the optimizer {type(optimizer).__name__}: {reason}; "
-                "use another, such as torch.optim.AdamW, or `strategies: ddp`"
-            )
+            raise _refusal(optimizer, strategy, f"{reason}; ")
+    if not any(model.exchange is not None for model in strategy.models.values()):
+        return
+    found = objection(optimizer, parts=not strategy.steps_whole)
+    if found is not None:
+        advice = "" if strategy.steps_whole else f"set strategies.{strategy.name}.step_on: whole, or "
+        raise _refusal(optimizer, strategy, f"{found}; {advice}")
+
+
+def _refusal(optimizer: Optimizer, strategy: Zero, reason: str) -> PrepareError:
+    return PrepareError(
+        f"prepare: {strategy.name} cannot divide the optimizer {own_class(optimizer).__name__}: {reason}"
+        "use another, such as torch.optim.AdamW, or `strategies: ddp`"
+    )
 
 
 def _module_faults(model: nn.Module) -> Iterator[str]:
@@ -47,6 +60,8 @@ def _module_faults(model: nn.Module) -> Iterator[str]:
         place = repr(name) if name else "the model"
         if isinstance(module, FSDPModule):
             yield f"{place} was already divided by fully_shard; leave that to prepare()"
+        if isinstance(module, torch.jit.ScriptModule):
+            yield f"{place} is a torch.jit script, whose parameters cannot be divided; prepare what it was made from"
         if isinstance(module, DistributedDataParallel):
             yield f"{place} is wrapped in DistributedDataParallel; leave that to prepare()"
         if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -71,7 +86,35 @@ def _parameter_faults(model: nn.Module, strategy: Zero) -> Iterator[str]:
             parameter.device_mesh.mesh_dim_names or (strategy.axis,)
         ):
             yield f"parameter {name!r} is already divided over {parameter.device_mesh}; leave that to prepare()"
+        if parameter.requires_grad and parameter.is_complex():
+            yield f"parameter {name!r} is complex; hold its torch.view_as_real, of which torch.view_as_complex is it"
+        steps = zip(parameter.shape, parameter.stride(), strict=True)
+        if parameter.requires_grad and any(size > 1 and stride == 0 for size, stride in steps):
+            yield f"parameter {name!r} is expanded: several of its elements are one in memory; make it of a .clone()"
     kinds: dict[torch.dtype, str] = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
     if len(kinds) > 1:
         found = ", ".join(f"{name!r} is {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())
         yield f"parameters that train must be of one type, but {found}; convert the model with .to(dtype)"
+
+
+def _memory_faults(model: nn.Module) -> Iterator[str]:
+    """Different tensors in the same memory: once divided, a change of one would not show in the other."""
+    places: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.layout is torch.strided:
+            place = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            places.setdefault(place, []).append((name, tensor))
+    for beside in places.values():
+        for (name, tensor), (other, same) in combinations(beside, 2):
+            if (tensor.requires_grad or same.requires_grad) and _overlap(tensor, same):
+                yield f"{name!r} and {other!r} are different tensors in the same memory; make them one, or copy one"
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors in the same storage have elements in common, as far as their shapes tell."""
+    if not one.numel() or not other.numel():
+        return False
+    if not one.is_contiguous() or not other.is_contiguous():
+        return one.storage_offset() == other.storage_offset()
+    start, first = (int(tensor.storage_offset()) * tensor.itemsize for tensor in (one, other))
+    return start < first + other.nbytes and first < start + one.nbytes

@@ -42,6 +42,9 @@ class ShardedModel:
         if not self._divides:
             give_memory(model, strategy.device)
             return
+        for parameter in held_parameters(model):
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
         self._broadcast([*(p for p in held_parameters(model) if not p.is_meta), *model.buffers()])
         if not held_parameters(model):
             return
@@ -57,6 +60,7 @@ class ShardedModel:
         entries = Entries(model, blocks, self.groups)
         entries.wrap_methods(self.options.methods)
         entries.explain_methods(f"strategies.{strategy.name}.methods")
+        entries.explain_forward(f"strategies.{strategy.name}.blocks")
         if self.options.find_unused_parameters:
             entries.gather_in_order(keep=not strategy.reshards_after_forward)
         model.zero_grad = self.groups.zero_grad  # type: ignore[method-assign]
@@ -145,9 +149,6 @@ class ShardedModel:
 
     def _shard(self, blocks: list[nn.Module]) -> None:
         before = {id(parameter): parameter for parameter in held_parameters(self.model)}
-        for parameter in before.values():
-            if not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
         policy: dict[str, Any] = {
             "mesh": self._mesh(),
             "mp_policy": MixedPrecisionPolicy(
@@ -189,6 +190,11 @@ class ShardedModel:
         if self.options.offload == "none":
             return OffloadPolicy()
         able = torch.accelerator.is_available()
+        if self.strategy.steps_whole and self.strategy.device.type != "cpu":
+            raise PrepareError(
+                f"strategies.{self.strategy.name}.step_on: whole does not go with offload: cpu, whose parts lie where "
+                "the device's collectives cannot reach them; leave one out"
+            )
         if self.options.pin_memory and not able:
             raise PrepareError(
                 f"strategies.{self.strategy.name}.pin_memory: needs an accelerator, and there is none; leave it out"
@@ -206,9 +212,9 @@ class ShardedModel:
 
         def refuse(memo: Any) -> None:
             raise PrepareError(
-                f"copy.deepcopy: this {name} is divided among the processes and cannot be copied; copy it before "
-                "prepare() and prepare both, whose parameters then pair up, or prepare another one and call its "
-                "load_state_dict(model.state_dict()); for whole weights, call get_state_dict(model)"
+                f"copy.deepcopy: this {name} is divided among the processes and cannot be copied; copy it, or make its "
+                "AveragedModel, before prepare() and prepare both, whose parameters then pair up, or prepare another "
+                "one and call its load_state_dict(model.state_dict()); for whole weights, call get_state_dict(model)"
             )
 
         for module in self.model.modules():

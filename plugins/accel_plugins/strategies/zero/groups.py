@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
+from accel.errors import PrepareError
+
 from .scalars import Places, narrow, repeat_gradient
 
 _AUTOCAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
@@ -75,6 +77,7 @@ class Groups:
 
     def _shown(self, group: Any, inner: Callable[..., Any], *args: Any) -> Any:
         """Let a module compute with gathered parameters that `hide` had hidden."""
+        _check_own(group)
         if group in self._hidden:
             self._hidden.discard(group)
             if group.is_unsharded:
@@ -121,6 +124,22 @@ class Groups:
         self.root._comm_ctx.all_gather_state = None
         self.root._comm_ctx.post_forward_order.clear()
         self.reshard()
+
+
+def _check_own(group: Any) -> None:
+    """Raise PrepareError if modules have other parameters than those of which torch knows: it would put its own back.
+
+    `torch.func.functional_call` is such a case, and assigning a new parameter to an attribute.
+    """
+    for parameter in group.fsdp_params:
+        info = parameter._module_info
+        found = info.module._parameters.get(info.param_name)
+        if found is not parameter.sharded_param and found is not getattr(parameter, "_unsharded_param", None):
+            raise PrepareError(
+                f"forward: {parameter._param_fqn!r} is not the parameter that was prepared: it was replaced, as "
+                "torch.func.functional_call does; divided parameters cannot be, so change them in place, or use "
+                "`strategies: ddp`"
+            )
 
 
 def _narrow(groups: list[Any], dtype: torch.dtype) -> None:

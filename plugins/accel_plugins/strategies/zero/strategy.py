@@ -54,6 +54,12 @@ class Zero(Strategy):
         find_unused_parameters: bool = True
         """Let steps, and processes within a step, leave out parameters; off saves one small exchange a step."""
 
+        step_on: Literal["parts", "whole"] = "parts"
+        """What an optimizer sees while it steps: the parts that a process holds, or all parameters gathered whole.
+
+        `whole` takes their memory, and that of gradients and optimizer state, for the length of a step. It is for
+        optimizers that look at more than one number at a time, such as Muon, Adafactor, LARS and LAMB."""
+
         broadcast_buffers: bool = True
         """Give every process rank 0's buffers after each exchange, such as batch norm's running statistics."""
 
@@ -126,6 +132,10 @@ class Zero(Strategy):
 
         if self.models:
             checks.check_optimizer(optimizer, self)
+
+    @property
+    def steps_whole(self) -> bool:
+        return bool(self.options.step_on == "whole")
 
     def after_step(self, model: nn.Module) -> None:
         self.models[model].reshard()

@@ -1,0 +1,128 @@
+"""Whether an optimizer treats every number by itself, found out by letting copies of it step samples.
+
+One copy steps small matrices whole, two others step their upper and their lower rows. An optimizer that looks at more
+than one number at a time (norms of parameters, products of matrices, a threshold over all) leaves other rows behind
+when it sees only some of them. Nothing of this shows from outside, and a process that steps with the norm of its own
+part goes on without an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .adopt import PART, own_class
+
+_LARGEST = 160
+"""Elements of a sample along each dim at most: optimizers that factor matrices leave those below 128 as they are."""
+
+_STEPS = 3
+
+_CUT = 3
+"""The first copy's samples have one row in so many."""
+
+_LEARNING_RATE = 1e-2
+"""Instead of the optimizer's own, which may be 0 where it has yet to warm up."""
+
+_TOLERANCE = 1e-3
+"""Of the largest change: far above what rounding does, far below a norm of other rows."""
+
+Cut = Callable[[Tensor], Tensor]
+
+
+def objection(optimizer: Optimizer, parts: bool) -> str | None:
+    """Why this optimizer must not step parts of parameters, or not whole ones; None if a trial finds nothing.
+
+    It is the same on all ranks, and neither the optimizer nor a random generator of torch's is changed.
+    """
+    cuts = (_all, _upper, _lower) if parts else (_all,)
+    devices = {parameter.device.index for _, parameter in _trained(optimizer) if parameter.is_cuda}
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            whole, *rows = (_changes(optimizer, cut) for cut in cuts)
+    except Exception as error:  # noqa: BLE001 - whatever somebody else's code raises is told
+        return f"it could not be tried on samples ({type(error).__name__}: {error})"
+    if not any(bool(change.any()) for change in whole):
+        return "it changes none of the parameters in its groups"
+    if parts and any(_differ(*changes) for changes in zip(whole, *rows, strict=True)):
+        return "what it does to some rows of a parameter depends on the others, or on chance"
+    return None
+
+
+def _changes(optimizer: Optimizer, cut: Cut) -> list[Tensor]:
+    """What some steps of a copy change in each of its samples, of which it has the rows that `cut` leaves."""
+    generator = torch.Generator().manual_seed(0)
+    wholes = _samples(optimizer, generator)
+    kept = {key: nn.Parameter(cut(whole).clone()) for key, whole in wholes.items()}
+    twin = _twin(optimizer, {id(p): kept[index, p.dim()] for index, p in _trained(optimizer)})
+    before = [sample.detach().clone() for sample in kept.values()]
+    for _ in range(_STEPS):
+        for key, whole in wholes.items():
+            kept[key].grad = cut(_gradient(whole, generator)).clone()
+        own_class(optimizer).step(twin)
+    return [sample.detach() - start for sample, start in zip(kept.values(), before, strict=True)]
+
+
+def _twin(optimizer: Optimizer, samples: dict[int, Any]) -> Optimizer:
+    """The optimizer as it was before its first step, with samples in the place of its parameters."""
+    hidden = ("_optimizer_", PART)
+    left = {"state", "step", "zero_grad"}
+    own = {k: v for k, v in optimizer.__dict__.items() if k not in left and not k.startswith(hidden)}
+    own = copy.deepcopy(own, samples)
+    twin: Optimizer = object.__new__(own_class(optimizer))
+    twin.__setstate__({**own, "state": defaultdict(dict)})
+    for group in twin.param_groups:
+        group["params"] = list(dict.fromkeys(group["params"]))
+        rate = group.get("lr")
+        if rate is not None:
+            group["lr"] = torch.full_like(rate, _LEARNING_RATE) if isinstance(rate, Tensor) else _LEARNING_RATE
+    return twin
+
+
+def _trained(optimizer: Optimizer) -> list[tuple[int, Tensor]]:
+    return [(index, p) for index, group in enumerate(optimizer.param_groups) for p in group["params"]]
+
+
+def _samples(optimizer: Optimizer, generator: torch.Generator) -> dict[tuple[int, int], Tensor]:
+    """One for the parameters of each group that have the same number of dims, as large as they are or as allowed."""
+    largest: dict[tuple[int, int], list[int]] = {}
+    devices = {}
+    for index, parameter in _trained(optimizer):
+        key = index, parameter.dim()
+        known = largest.setdefault(key, [2] * parameter.dim())
+        largest[key] = [max(k, min(size, _LARGEST)) for k, size in zip(known, parameter.shape, strict=True)]
+        devices[key] = parameter.device
+    return {key: torch.randn(shape, generator=generator).to(devices[key]) for key, shape in largest.items()}
+
+
+def _gradient(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random, and larger from row to row, so that rows do not look alike."""
+    gradient = torch.randn(like.shape, generator=generator)
+    if like.dim():
+        gradient.mul_(torch.linspace(0.5, 2, len(like)).view(-1, *[1] * (like.dim() - 1)))
+    return gradient.to(like)
+
+
+def _all(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _upper(tensor: Tensor) -> Tensor:
+    return tensor[: math.ceil(len(tensor) / _CUT)] if tensor.dim() else tensor
+
+
+def _lower(tensor: Tensor) -> Tensor:
+    return tensor[math.ceil(len(tensor) / _CUT) :] if tensor.dim() else tensor
+
+
+def _differ(whole: Tensor, upper: Tensor, lower: Tensor) -> bool:
+    joined = torch.cat([upper, lower]) if whole.dim() else torch.stack([upper, lower])
+    error = (joined - whole).abs().max()
+    return not bool(error <= _TOLERANCE * whole.abs().max())
