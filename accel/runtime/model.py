@@ -14,7 +14,7 @@ from ..interfaces.strategy import Strategy
 from .adopt import Adopted, Part, adopt, part_of
 from .deferred import Filling
 from .gradients import Arrivals
-from .shards import accept_whole_model_states, divide_state, whole_tensor
+from .shards import accept_whole_model_states, divide_state, refuse_parts_as_numbers, whole_tensor
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -46,6 +46,7 @@ class ModelPart(Part):
             strategy.setup(model)
         self.unfilled |= filling.fill(device)
         accept_whole_model_states(model)
+        refuse_parts_as_numbers()
         after = dict(model.named_parameters(remove_duplicate=False))
         self._originals = list(before.values())  # alive, so that their ids stay theirs
         self.replaced = {id(old): after[name] for name, old in before.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PrepareError
 
 STEP = "step"
 """Under this name torch's optimizers count their steps: a scalar, also where the parameter is one."""
@@ -108,6 +108,25 @@ def accept_whole_model_states(model: nn.Module) -> None:
         if any(isinstance(parameter, DTensor | Elsewhere) for parameter in module.parameters(recurse=False)):
             module.register_load_state_dict_pre_hook(_divide_model_state)  # type: ignore[no-untyped-call]
             module.register_state_dict_post_hook(_guard_model_state)  # type: ignore[no-untyped-call]
+
+
+def refuse_parts_as_numbers() -> None:
+    """Let `item`, `float`, `int` and `bool` of a number of which each process has a share refuse, whatever made it.
+
+    torch gives this process's share, as of `parameter.norm().item()`, which nobody would notice. To put the shares
+    together takes all processes, and a loop may ask on one of them alone.
+    """
+    DTensor._op_dispatcher._custom_op_handlers[torch.ops.aten._local_scalar_dense.default] = _number
+
+
+def _number(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor: DTensor = args[0]
+    if not all(placement.is_replicate() for placement in tensor.placements):
+        raise PrepareError(
+            "item(): each process has only its share of this number, as the model is divided among them; for the whole "
+            "all ranks call .full_tensor().item()"
+        )
+    return tensor._local_tensor.item()
 
 
 def accept_whole_optimizer_states(optimizer: Optimizer) -> None:

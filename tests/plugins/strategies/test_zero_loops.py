@@ -209,8 +209,23 @@ def evaluation(stage):
         accelerator.backward(loss_of(logits, parts[rank]))
         (sum(loss_of(reference(part), part) for part in parts) / 2).backward()
         kinds |= {type(p.data).__name__ for p in model.parameters()}
+        numbers_of(model, reference)
         optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
     assert kinds == {"DTensor"}
+
+
+def numbers_of(model, reference):
+    """A number of a whole parameter is asked for on all ranks together; torch's `item` would give this one's share."""
+    norms = [parameter.detach().norm() for parameter in model.parameters()]
+    expected = [parameter.detach().norm() for parameter in reference.parameters()]
+    torch.testing.assert_close([norm.full_tensor() for norm in norms], expected)
+    shares = [norm for norm in norms if not norm.placements[0].is_replicate()]
+    assert shares
+    for ask in (torch.Tensor.item, float, bool):
+        with pytest.raises(PrepareError, match=r"item\(\): each process has only its share of this number"):
+            ask(shares[0])
+    for norm, value in zip(norms, expected, strict=True):
+        assert any(norm is share for share in shares) or norm.item() == pytest.approx(value.item())
 
 
 @stages
