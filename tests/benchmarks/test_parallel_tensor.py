@@ -18,10 +18,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_formula(benchmark: Any) -> None:
-    """One number: two blocks x four exchanges, embedding and head; each of two processes sends it to the other."""
+    """One number: two blocks x four exchanges, embedding and head; each of two processes sends it to the other.
+
+    Divided, instead of three logits: three numbers of a position and five norms of two, there and back, and a place.
+    """
     shape = benchmark.Shape(width=1, layers=2, heads=1, vocabulary=3, length=1, batch=1)
-    assert benchmark.formula(shape, 2) == 4 * (2 * 10 + 3)
-    assert benchmark.formula(shape, 4) == 3 * benchmark.formula(shape, 2)
+    assert benchmark.formula(shape, 2, divided=False) == 4 * (2 * 10 + 3)
+    assert benchmark.formula(shape, 2, divided=True) == 4 * (2 * 10 + 2 * 3 + 2 * 10 + 1)
+    assert benchmark.formula(shape, 4, divided=False) == 3 * benchmark.formula(shape, 2, divided=False)
 
 
 @pytest.mark.slow

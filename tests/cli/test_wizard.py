@@ -102,6 +102,7 @@ def _read(path: Path) -> Any:
 MACHINES, PROCESSES = "Machines that take part", "Worker processes over all machines"
 PRECISION, STRATEGIES = "The numbers that forward", "How models are spread"
 ACCUMULATION, OTHERS, REVIEW = "Micro-batches whose gradients", "Change other settings?", "Write this file?"
+TENSOR = ("How layers are held", "Divide activations", "Leave the logits", "Inputs on which the model runs")
 
 
 def test_enter_all_the_way(config_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_other_axes_are_asked_about_where_that_is_wanted(config_path: Path, with
     session.answer("Space marks, Enter goes on", UP + SPACE + ENTER)  # the last of them
     session.answer("strategies (tensor axis)", DOWN + ENTER)
     session.answer("Processes along this axis", "2" + ENTER)
-    for question in ("How layers are held", "Inputs on which the model runs", REVIEW):
+    for question in (*TENSOR, REVIEW):
         session.answer(question)
     assert session.finish() == 0
     assert _read(config_path)["strategies"] == ["ddp", {"tensor": {"size": 2}}]
@@ -311,7 +312,7 @@ def test_axes_that_the_file_fills_are_asked_about(existing: Path) -> None:
     for question in (MACHINES, PROCESSES, PRECISION, "strategies (data axis)", "Change options of ddp?"):
         session.answer(question)
     session.answer("strategies (tensor axis)")
-    for question in ("Processes along this axis", "How layers are held", "Inputs on which the model runs"):
+    for question in ("Processes along this axis", *TENSOR):
         session.answer(question)
     session.answer(ACCUMULATION)
     session.answer(OTHERS)
