@@ -152,6 +152,12 @@ class Strategy:
         Makes sure that they have been exchanged. Raises PrepareError if they have not and cannot be.
         """
 
+    def end_passes(self, model: nn.Module) -> None:
+        """Called before gradients that no `Accelerator.backward` brought are clipped or used by a step; all ranks.
+
+        Raises PrepareError if another process waits in a bare `loss.backward()` for this one.
+        """
+
     def after_step(self, model: nn.Module) -> None:
         """Called after an optimizer has changed parameters of the model."""
 

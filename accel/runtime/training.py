@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -108,6 +108,8 @@ class Training(Backward):
         All ranks. In the middle of an accumulation window nothing is scaled, since the gradient is not whole yet.
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._must_watch:
+            self._end_passes(self._owners({id(parameter) for parameter in parameters}))
         limit = max_norm if self._finish_gradients(parameters) else float("inf")
         norm = total_norm(parameters, norm_type, self.strategies)
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -141,7 +143,16 @@ class Training(Backward):
     def _before_step(self, part: OptimizerPart) -> None:
         self._verify(part)
         if self._must_watch:
+            self._end_passes([part])
             self._settle_models("optimizer.step()")
+
+    def _end_passes(self, owners: Sequence[OptimizerPart]) -> None:
+        """Raise PrepareError if other processes wait in a bare `loss.backward()` that this one never comes to."""
+        used = {id(parameter) for owner in owners if owner.spent for parameter in owner.parameters()}
+        for model in self._models:
+            if not used.isdisjoint(model.owned):
+                for strategy in self.strategies:
+                    strategy.end_passes(model.model)
 
     def _after_step(self, part: OptimizerPart) -> None:
         self._boundaries.stepped()

@@ -2,9 +2,11 @@
 
 import copy
 import io
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -122,6 +124,25 @@ def unreached(stage):
 @stages
 def test_a_rank_whose_loss_does_not_reach_the_model_takes_part(stage):
     run(2, unreached, stage)
+
+
+def bare_unreached(stage, late):
+    """Two steps, the second of which a bare `loss.backward()` does not reach on rank 1, before rank 0 or after."""
+    accelerator, model, optimizer, *_ = pair(stage)
+    x = tokens(0, 2)
+    for reaches in (True, accelerator.is_main_process):
+        loss = loss_of(model(x), x)
+        if reaches:
+            time.sleep(late if optimizer.state else 0)
+            loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    dist.barrier()
+
+
+@pytest.mark.parametrize(("stage", "late"), [("zero1", 0), ("zero2", 0.5), ("zero3", 0)])
+def test_a_bare_backward_that_a_rank_never_comes_to_is_refused(stage, late):
+    with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in a bare loss\.backward\(\), and rank 1 went on"):
+        run(2, bare_unreached, stage, late)
 
 
 def twice(stage):
@@ -456,12 +477,41 @@ def test_an_average_of_the_weights_is_a_model_prepared_beside(stage):
     run(2, averages, stage)
 
 
+def judged(make_, judge, x):
+    """What the judge learns from: its verdict, with a gradient penalty (Gulrajani et al. 2017)."""
+    made = make_(x).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(judge(made).sum(), made, create_graph=True)
+    (worse,) = torch.autograd.grad(judge(made).sum(), made)
+    return judge(made + 0.1 * worse.sign()).mean() + (slope.norm(2, 1) - 1).square().mean()
+
+
+def make_judge():
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in "ab"), nn.Linear(4, 1))
+
+
+def accumulated_penalties(stage):
+    accelerator = accelerator_for(stage, gradient_accumulation_steps=2)
+    model, reference = make(model=make_judge), make(model=make_judge)
+    model, _ = accelerator.prepare(model, adamw(model))
+    data = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for micro_batch in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(judged(nn.Identity(), model, micro_batch[accelerator.process_index]))
+    (sum(judged(nn.Identity(), reference, x) for x in data.flatten(0, 1)) / 4).backward()
+    assert_same_gradients(model, reference)
+
+
+@stages
+def test_gradient_penalties_accumulate(stage):
+    run(2, accumulated_penalties, stage)
+
+
 def adversaries(stage):
     """Two models and two optimizers: each phase steps one of them."""
     accelerator = accelerator_for(stage)
     rank = accelerator.process_index
     torch.manual_seed(0)
-    nets = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 1)]
+    nets = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), make_judge()]
     optimizers = [torch.optim.Adam(net.parameters(), lr=0.1) for net in nets]
     expected_nets = copy.deepcopy(nets)
     expected = [torch.optim.Adam(net.parameters(), lr=0.1) for net in expected_nets]
@@ -470,8 +520,8 @@ def adversaries(stage):
     data = [torch.randn(3, 4) for _ in range(2)]
     for _ in range(3):
         judge_optimizer.zero_grad(), expected[1].zero_grad()
-        accelerator.backward(judge(make_(data[rank]).detach()).mean())
-        (sum(other_judge(other_make(x).detach()).mean() for x in data) / 2).backward()
+        accelerator.backward(judged(make_, judge, data[rank]))
+        (sum(judged(other_make, other_judge, x) for x in data) / 2).backward()
         judge_optimizer.step(), expected[1].step()
         make_optimizer.zero_grad(), expected[0].zero_grad()
         accelerator.backward(-judge(make_(data[rank])).mean())

@@ -86,6 +86,11 @@ class ShardedModel:
             self.exchange.run()
         self.broadcast_buffers()
 
+    def end_passes(self) -> None:
+        """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
+        if self.exchange is not None:
+            self.exchange.bare_passes.end_round()
+
     def broadcast_buffers(self) -> None:
         """Give every process rank 0's buffers."""
         if self._divides and self.options.broadcast_buffers and self.model.training:

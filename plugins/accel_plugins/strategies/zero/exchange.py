@@ -20,8 +20,9 @@ from torch.distributed import ProcessGroup
 
 from accel.runtime.nested import tensors
 
+from .bare import BarePasses
 from .groups import Groups, make_gradients_alike, whole_gradient
-from .reach import Reach, agree_on_used, reach_of, reach_under_way
+from .reach import Reach, agree_on_used, leaves_none, reach_of, reach_under_way
 
 
 @dataclass
@@ -50,7 +51,8 @@ class _Turn:
 class Exchange:
     """Takes over when the groups of one model reduce their gradients.
 
-    `gathers` says whether backward gathers parameters again.
+    `gathers` says whether backward gathers parameters again. A pass of `torch.autograd.grad` leaves no gradients: it
+    exchanges none, and what it has gathered stays for the pass through what it computed, as a gradient penalty needs.
     """
 
     def __init__(self, groups: Groups, group: ProcessGroup, find_unused: bool, gathers: bool) -> None:
@@ -59,6 +61,8 @@ class Exchange:
         self._turns = [_Turn(g, g.post_backward) for g in (*reversed(blocks), *groups.rest)]
         self._reach: Reach | None = None
         self._ran = self._begun = self._bare = False
+        self._leaves_none = self._kept = self._reshards_late = False
+        self.bare_passes = BarePasses(group)
         for turn in self._turns:
             self._listen(turn)
         for state in groups.states:
@@ -73,7 +77,7 @@ class Exchange:
         if self.find_unused and (exchange or self.gathers):
             self._reach = reach_of(loss, self.groups, [turn.calls for turn in self._in_order], self.group)
             reshard = reshard and not self._gather_if_unlike(self._reach)
-        self._set(exchange, reshard)
+        self._start(exchange, reshard)
 
     def end(self, alone: bool) -> None:
         """After a backward pass: take part in the exchange even if it did not reach this process's model.
@@ -87,12 +91,16 @@ class Exchange:
         self.groups.hide()
 
     def _begin_bare(self) -> None:
-        """A bare `loss.backward()` is about to gather: see to it that all processes ask for the same; all ranks."""
+        """A bare `loss.backward()` is about to wait: see to it that all processes ask for the same; all ranks."""
         self._begun = self._bare = True
+        self.bare_passes.begin()
+        if not (self.gathers and self.find_unused):
+            self._start(exchange=True, reshard=True)
+            return
         nodes = [[node for node in (ref() for ref in turn.nodes) if node is not None] for turn in self._in_order]
         calls = [turn.calls for turn in self._in_order]
         self._reach = reach_under_way(nodes, self.groups, calls, self.group)
-        self._set(exchange=True, reshard=not self._gather_if_unlike(self._reach))
+        self._start(exchange=True, reshard=not self._gather_if_unlike(self._reach))
 
     def _gather_if_unlike(self, reach: Reach) -> bool:
         unlike = self.gathers and reach.anywhere and not reach.alike
@@ -100,11 +108,17 @@ class Exchange:
             self.groups.gather()
         return unlike
 
+    def _start(self, exchange: bool, reshard: bool) -> None:
+        """What `torch.autograd.grad` left gathered is freed at the end: torch gathers none for a second derivative."""
+        self._reshards_late = reshard and self._kept
+        self._set(exchange, reshard and not self._kept)
+        self._kept = False
+
     def _finish(self) -> None:
         """Forget what was known of a backward pass, and be ready for a bare one."""
-        if self._reach is not None and not self._reach.alike:
+        if self._reshards_late or (self._reach is not None and not self._reach.alike):
             self.groups.reshard()
-        self._reach, self._begun = None, False
+        self._reach, self._begun, self._reshards_late = None, False, False
         self._set(exchange=True, reshard=True)
 
     def run(self) -> None:
@@ -129,6 +143,8 @@ class Exchange:
             return inputs
 
         def heard(*unused: Any) -> None:
+            if self._leaves_none:
+                return
             turn.heard += 1
             if not group.reduce_grads:
                 turn.reduce()
@@ -136,7 +152,11 @@ class Exchange:
                 self._take_turns()
 
         def arrive(*args: Any) -> None:
-            if self.gathers and self.find_unused and not self._begun:
+            self._leaves_none = group.reduce_grads and leaves_none(self.groups)
+            if self._leaves_none:
+                prepare(*args)
+                return
+            if not self._begun:
                 self._begin_bare()
             prepare(*args)
 
@@ -149,6 +169,10 @@ class Exchange:
         finish = state._root_post_backward_final_callback
 
         def flush() -> None:
+            if self._leaves_none:
+                self._leaves_none, self._kept = False, True
+                self.groups.rest_gathered()
+                return
             self._ran = True
             if self._exchanges:
                 for turn in self._turns:

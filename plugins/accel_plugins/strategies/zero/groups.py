@@ -102,6 +102,15 @@ class Groups:
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
 
+    def rest_gathered(self) -> None:
+        """After a backward pass that leaves no gradients: be ready for one through what has been gathered."""
+        for holder in (*self.states, *self.all):
+            if holder._training_state != TrainingState.FORWARD:  # a pass may run in the middle of a forward
+                holder._training_state = TrainingState.IDLE
+        self.root._state_ctx.post_backward_final_callback_queued = False
+        if self.idle:
+            self.hide()
+
     @property
     def idle(self) -> bool:
         """Whether neither forward nor backward is under way in the outermost module."""

@@ -14,6 +14,9 @@ from torch.distributed import ProcessGroup
 
 from .groups import Groups, whole_gradient
 
+_will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
+"""Whether the backward pass under way comes to a node."""
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -24,8 +27,8 @@ class Reach:
     used: list[bool]
 
 
-def reach_of(loss: Tensor, groups: Groups, calls: list[int], group: ProcessGroup) -> Reach:
-    """Find out what the backward pass from `loss` reaches on each process; all ranks.
+def reach_of(loss: Tensor | None, groups: Groups, calls: list[int], group: ProcessGroup) -> Reach:
+    """Find out what the backward pass from `loss`, if there is one, reaches on each process; all ranks.
 
     `calls` are the forward calls of each group. The processes are alike if their backward passes will ask for the
     same groups equally often: only then do their collectives fit together by themselves.
@@ -34,7 +37,7 @@ def reach_of(loss: Tensor, groups: Groups, calls: list[int], group: ProcessGroup
     used = set[int]()
     leaves = {id(p._unsharded_param): p for p in groups.parameters() if hasattr(p, "_unsharded_param")}
     places = {id(g): place for place, g in enumerate(groups.all)}
-    for node in _nodes(loss):
+    for node in () if loss is None else _nodes(loss):
         if (place := places.get(id(getattr(node, "param_group", None)))) is not None:
             heard[place] += 1
         elif (parameter := leaves.get(id(getattr(node, "variable", None)))) is not None:
@@ -47,14 +50,27 @@ def reach_under_way(nodes: Sequence[Sequence[Any]], groups: Groups, calls: list[
 
     `nodes` are those of each group's forward calls that tell it that its backward is through.
     """
-    executes: Callable[[Any], bool] = torch._C._will_engine_execute_node
-    heard = [sum(map(executes, own)) for own in nodes]
-    used = set[int]()
+    heard = [sum(map(_will_execute, own)) for own in nodes]
+    used = {id(parameter) for parameter, leaf in _leaves(groups) if _will_execute(get_gradient_edge(leaf).node)}
+    return _compare(heard, calls, used, groups, group)
+
+
+def leaves_none(groups: Groups) -> bool:
+    """Whether the backward pass under way gives no parameter a gradient though some train, as `torch.autograd.grad`."""
+    none_trains = True
+    for _, leaf in _leaves(groups):
+        none_trains = False
+        if _will_execute(get_gradient_edge(leaf).node):
+            return False
+    return not none_trains
+
+
+def _leaves(groups: Groups) -> Iterator[tuple[Any, Tensor]]:
+    """The gathered parameters that train, beside torch's record of each."""
     for parameter in groups.parameters():
         leaf = getattr(parameter, "_unsharded_param", None)
-        if leaf is not None and leaf.requires_grad and executes(get_gradient_edge(leaf).node):
-            used.add(id(parameter))
-    return _compare(heard, calls, used, groups, group)
+        if leaf is not None and leaf.requires_grad:
+            yield parameter, leaf
 
 
 def _compare(heard: list[int], calls: list[int], used: set[int], groups: Groups, group: ProcessGroup) -> Reach:

@@ -127,6 +127,9 @@ class Zero(Strategy):
     def settle(self, model: nn.Module) -> None:
         self.models[model].broadcast_buffers()
 
+    def end_passes(self, model: nn.Module) -> None:
+        self.models[model].end_passes()
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         from . import checks
 
