@@ -17,6 +17,7 @@ from .flight import Flight
 from .nest import put_together
 from .outputs import Awaited
 from .plan import make_plan
+from .questions import Questions
 from .streams import Streams
 from .tied import Tied
 from .weights import Weights
@@ -41,6 +42,7 @@ class StagedModel:
         self.own_forward = own_method(model, "forward")
         self.plan = make_plan(model, strategy)
         self.split, self.parts, self.layout = self.plan.split, self.plan.stage, self.plan.layout
+        self.questions = Questions(self.name, self.split.stages - 1)
         self.holders = self._find_holders()
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
         self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)

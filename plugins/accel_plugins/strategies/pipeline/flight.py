@@ -42,6 +42,7 @@ class Flight:
         self._error: Exception | None = None
         self._drained = False
         self._waiting: deque[tuple[Step, Weights]] = deque()
+        self._hearing = model.questions.hear((batch.kind(None), model.model.training, learns))
 
     def forward(self) -> tuple[Any, list[Tensor], list[bool]]:
         """Take all micro-batches through the stages; returns the output apart from its tensors, and these.
@@ -62,6 +63,7 @@ class Flight:
             raise self._error
         if isinstance(found, Failure):
             raise PrepareError(f"pipeline: {found.text}")
+        self._hearing.end()
         (skeleton, learns, stays), sent = found
         return skeleton, self._with_those_that_stay(stays, sent), learns
 
@@ -96,7 +98,8 @@ class Flight:
         batch = self.batch
         done = Pass(self.model, step.stage, batch.skeleton, batch.values(step.micro_batch), batch.learning(), message)
         try:
-            done.run(self._keeps)
+            done.run(self._keeps, self._hearing.listens)
+            self._hearing.compare(step.stage, done.answers)
         except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
             self._fail(error, f"stage {step.stage}")
             return self._failure  # type: ignore[return-value]
@@ -149,7 +152,8 @@ class Flight:
             self._tail = Pass(self.model, stages, batch.skeleton, batch.values(None), batch.learning(), self._merged)
             if self.learns and not self._keeps:
                 torch.clear_autocast_cache()  # of casts that were made without a graph
-            output = map_tensors(whole_of, self._tail.run(self.learns))
+            output = map_tensors(whole_of, self._tail.run(self.learns, self._hearing.listens))
+            self._hearing.compare(stages, self._tail.answers)
             self._check_present(output)
         except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
             self._fail(error, "the last stage")

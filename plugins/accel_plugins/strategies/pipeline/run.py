@@ -75,6 +75,11 @@ class Run:
             torch.backends.mha.set_fastpath_enabled(fast)
             self._check_unchanged()
 
+    @property
+    def returned(self) -> int:
+        """Parts that have returned so far, here and on earlier stages."""
+        return len(self._calls)
+
     def call(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A part is called: compute it, return what came of it on an earlier stage, or end."""
         if part in self.split.glue:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .message import Message
 from .nest import put_together
+from .questions import Answer, Recorder
 from .run import Run
 from .weights import Weights, backward_to
 
@@ -46,7 +48,8 @@ class _Arrive(torch.autograd.Function):
 class Pass:
     """One micro-batch in one stage. `values` are the tensors among the user's arguments, `message` what came before.
 
-    `learning` are the places of arguments that want a gradient. After `run`, `sends` is what the next stage gets.
+    `learning` are the places of arguments that want a gradient. After `run`, `sends` is what the next stage gets, and
+    `answers` what the forward was told of its data, if that was listened to.
     """
 
     def __init__(
@@ -63,16 +66,22 @@ class Pass:
         self.inputs: dict[int, Arrival] = {}
         self.sends: Message | None = None
         self.weights: Weights | None = None
+        self.answers: list[Answer] = []
         self._arrivals: list[Arrival] = []
         self._states = model.streams.states()
 
-    def run(self, keeps: bool) -> Any:
+    def run(self, keeps: bool, listens: bool = False) -> Any:
         """Forward; returns the user's output if this is the end. `keeps` says whether to keep the graph."""
         with torch.set_grad_enabled(keeps):
             arrived, values = self._arrive() if keeps else (self.message.payload, self.values)
             run = Run(self.model.split, self.model.parts, self.stage, self.model.device, self.message, arrived)
             args, kwargs = put_together(self.skeleton, list(values))
-            output = run.forward(self.model.own_forward, args, kwargs)
+            recorder = Recorder(run) if listens else None
+            with recorder or nullcontext():
+                output = run.forward(self.model.own_forward, args, kwargs)
+        if recorder is not None:
+            ends = self.stage == self.model.split.stages
+            self.answers = recorder.answers if ends else recorder.deciding()
         if self.stage < self.model.split.stages:
             calls, payload = run.results()
             self.sends = Message(self.message.seed, calls, payload, [t.requires_grad for t in payload])

@@ -6,9 +6,11 @@ import functools
 import io
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accel_plugins.strategies.pipeline.questions import Recorder
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -473,10 +475,33 @@ def fail_in_backward():
     accelerator.backward(model(torch.ones(4, WIDTH)).sum())
 
 
-def test_an_error_in_backward_ends_all_stages_and_names_its_rank():
-    with pytest.raises(ValueError, match="broken") as caught:
-        run(2, fail_in_backward)
-    assert "rank 1" in "".join(caught.value.__notes__)
+class Auxiliary(Skips):
+    """[b, WIDTH] -> [b, 3], and a number that is learned from too, as one that balances experts."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        return output, output.square().mean()
+
+
+def mix_losses():
+    case = CASES["skips"]._replace(make=Auxiliary)
+    accelerator = accelerator_for(case, {"outputs": "last"}, num_processes=2)
+    model, batch = accelerator.prepare(make(case)), case.batch(0, 8)
+    output, number = model(**batch)
+    accelerator.backward(case.loss(output, batch) + number)
+
+
+@pytest.mark.parametrize(
+    ("worker", "kind", "says", "rank"),
+    [
+        (fail_in_backward, ValueError, "broken", 1),
+        (mix_losses, PrepareError, r"a number that the model returned.*outputs: all", 0),
+    ],
+)
+def test_an_error_in_backward_ends_all_stages_and_names_its_rank(worker, kind, says, rank):
+    with pytest.raises(kind, match=says) as caught:
+        run(2, worker)
+    assert f"rank {rank}" in "".join(caught.value.__notes__)
 
 
 def resume(folder, pipelined, save):
@@ -534,6 +559,61 @@ class Changes(nn.Module):
         return self.blocks[1](x)
 
 
+class Asks(nn.Module):
+    """Adds 1 if the data say so, between the blocks, in each or after them."""
+
+    def __init__(self, question, where="between"):
+        super().__init__()
+        self.blocks = nn.ModuleList(Identity(question if where == "inside" else None) for _ in range(2))
+        self.question, self.where = question, where
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        x = self.blocks[1](x + 1 if self.where == "between" and self.question(x) else x)
+        return x + 1 if self.where == "after" and self.question(x) else x
+
+
+class Identity(nn.Module):
+    def __init__(self, question):
+        super().__init__()
+        self.weight, self.question = nn.Parameter(torch.ones(WIDTH)), question
+
+    def forward(self, x):
+        x = x * self.weight
+        return x + 1 if self.question and self.question(x) else x
+
+
+def positive(x):
+    return (x > 0).all()
+
+
+def positive_number(x):
+    return x.min().item() > 0
+
+
+def alike(x):
+    return x.max() - x.min() < 0.1
+
+
+QUESTIONS = [
+    lambda x: not x.mean(),
+    lambda x: x.mean() if x.sum() > 3 else x,
+    lambda x: 0 in x,
+    lambda x: x.sum().item() > 3,
+    lambda x: float(x[0]) > 3,
+    lambda x: torch.equal(x, x) and torch.allclose(x, x),
+]
+
+
+def test_every_question_is_heard_with_its_line():
+    with Recorder(SimpleNamespace(inside=False, returned=0)) as recorder:
+        for question in QUESTIONS:
+            question(torch.ones(2))
+    lines = [question.__code__.co_firstlineno for question in [*QUESTIONS, QUESTIONS[-1]]]
+    assert [answer.place for answer in recorder.answers] == [f"{__file__}:{line}" for line in lines]
+    assert [answer.value for answer in recorder.answers] == [True, False, False, 2.0, 1.0, True, True]
+
+
 class Checkpointed(Fails):
     """Blocks whose activations are computed again in backward, each called from within the checkpoint."""
 
@@ -574,8 +654,15 @@ OUTCOMES = {
         "as many blocks",
     ),
     "changes in place": (Changes, {}, "right"),
+    "a question": (functools.partial(Asks, positive), {}, "answer differently (False and True)"),
+    "a question in a block": (functools.partial(Asks, positive, where="inside"), {}, "answer differently (False and"),
+    "a question about a number": (functools.partial(Asks, positive_number), {}, "test_pipeline.py:"),
+    "a question about the whole": (functools.partial(Asks, alike), {}, "answer differently (True and False)"),
+    "a question about one micro-batch": (functools.partial(Asks, alike), {"micro_batches": 1}, "right"),
+    "questions in blocks about one": (functools.partial(Asks, positive, where="inside"), {"micro_batches": 1}, "right"),
+    "a question after the blocks": (functools.partial(Asks, positive, where="after"), {}, "right"),
 }
-"""A model and options, and what prepare says of them; "right" if the output is that of the whole model."""
+"""A model and options, and what is said of them; "right" if the output is that of the whole model."""
 
 
 def outcomes():
@@ -584,16 +671,17 @@ def outcomes():
 
 def outcome(make_model, options):
     case = Case(make_model, None, None, {**VECTORS, **options})
-    x = torch.ones(4, 1, 8, 8) if "norm" in getattr(make_model, "keywords", {}) else torch.ones(4, WIDTH)
+    image = "norm" in getattr(make_model, "keywords", {})
+    x = torch.ones(4, 1, 8, 8) if image else torch.linspace(-1, 1, 4)[:, None].repeat(1, WIDTH)
     try:
         found = accelerator_for(case, num_processes=2).prepare(make(case))(x)
         torch.testing.assert_close(found, make(case)(x))
-    except PrepareError as error:
+    except (PrepareError, UserWarning) as error:
         return str(error)
     return "right"
 
 
-def test_what_cannot_be_right_is_refused():
+def test_what_cannot_be_right_is_refused_and_what_may_not_be_is_warned_of():
     for told in run(2, outcomes):
         for name, (_, _, says) in OUTCOMES.items():
             assert says in told[name], name

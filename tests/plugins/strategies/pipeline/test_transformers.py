@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -76,6 +78,7 @@ CASES["vit"] = Case(_vit, _images, None)
 
 def train(name, options, steps=5, size=8):
     """The largest distance from one plain process, of losses, and of gradients and weights that are held here."""
+    warnings.filterwarnings("ignore", "pipeline: .* asks about its data")  # masks that hide nothing are left out
     case, reference = CASES[name], train_plainly(name, CASES, steps, size)
     accelerator = accelerator_for(case, options, num_processes=2)
     model = make(case)
