@@ -73,7 +73,7 @@ def make_plan(model: nn.Module, strategy: Pipeline) -> Plan:
     made = split(found, names, cuts)
     made = dataclasses.replace(made, glue=_glue(parts, made))
     plan = Plan(parts, stage, made, Layout(0, frozenset(), frozenset()), found, names, _owners(parts, changed), cuts)
-    _settle_layout(model, plan, args, kwargs)
+    _settle_layout(model, plan, args, kwargs, count=1 if strategy.options.micro_batches == 1 else 2)
     return plan
 
 
@@ -158,7 +158,7 @@ def _owners(parts: dict[str, nn.Module], buffers: Sequence[str]) -> dict[str, st
     return {b: next((part for part in parts if b.startswith(f"{part}.")), "") for b in buffers}
 
 
-def _settle_layout(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> None:
+def _settle_layout(model: nn.Module, plan: Plan, args: Any, kwargs: Any, count: int) -> None:
     """Find along which dim samples lie, by what gives the whole model's output; raises PrepareError if none does."""
     failures = []
     for dim in (0, 1):
@@ -166,7 +166,7 @@ def _settle_layout(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> None
         if layout is None:
             continue
         plan.layout = layout
-        failure = _differs(model, plan, args, kwargs)
+        failure = _differs(model, plan, args, kwargs, count)
         if failure is None:
             return
         failures.append(f"samples along dim {dim}: {failure}")
@@ -178,13 +178,13 @@ def _settle_layout(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> None
 
 
 @torch.no_grad()
-def _differs(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> str | None:
-    """How stages on micro-batches differ from the whole model on an example; None if they do not."""
+def _differs(model: nn.Module, plan: Plan, args: Any, kwargs: Any, count: int) -> str | None:
+    """How stages on so many micro-batches differ from the whole model on an example; None if they do not."""
     with tried_out(model):
         model.eval()
         expected = [tensor for _, tensor in tensors(model(*args, **kwargs))]
-        batch = Batch(model.forward, args, kwargs, plan.layout, 2)
-        if batch.count < 2:
+        batch = Batch(model.forward, args, kwargs, plan.layout, count)
+        if batch.count < count:
             return "one sample only"
         try:
             _learn_batch_dims(model, plan, batch)

@@ -644,6 +644,7 @@ OUTCOMES = {
     "a checkpoint that is a function": (functools.partial(Checkpointed, True), {}, "use_reentrant=False"),
     "a checkpoint": (functools.partial(Checkpointed, False), {}, "right"),
     "samples computed together": (TwoOutputs, {}, "are samples computed together"),
+    "samples computed together in one micro-batch": (TwoOutputs, {"micro_batches": 1}, "right"),
     "batch norm": (functools.partial(CNN, norm=True), {}, "micro_batches: 1"),
     "no such block": (Skips, {"split": ["upp"]}, "names no module"),
     "too many stages": (Skips, {"split": ["up.0", "up.1"]}, "2 processes"),
