@@ -19,9 +19,6 @@ from accel.errors import PrepareError
 
 from .groups import Groups
 
-_MIXED = "mixed torch.Tensor and DTensor"
-"""What torch says of an operation that meets a divided parameter beside a plain tensor."""
-
 
 class Entries:
     """Gathers before, and cleans up after, whatever outermost call reaches a model."""
@@ -50,11 +47,20 @@ class Entries:
             for name, value in vars(kind).items():
                 own = inspect.isfunction(value) and not name.startswith("_") and not hasattr(FSDPModule, name)
                 if own and not hasattr(nn.Module, name) and name not in self.model.__dict__:
-                    self._replace(name, functools.partial(_explain, setting, name))
+                    advice = (
+                        f"{name}(): uses parameters of the model itself, of which this process holds only a part; name "
+                        f"the method in the settings, as in {setting}: [{name}]"
+                    )
+                    self._replace(name, functools.partial(_explain, advice))
 
     def explain_forward(self, setting: str) -> None:
         """Let forward say what to do if it meets a divided parameter."""
-        self._replace("forward", functools.partial(_explain_forward, setting))
+        advice = (
+            "forward(): uses a block's parameters other than by calling the block, as block.weight or block.forward() "
+            f"do, and this process holds only a part of them; call the block, or set {setting} to modules that are "
+            "only called"
+        )
+        self._replace("forward", functools.partial(_explain, advice))
 
     def _replace(self, name: str, caller: Callable[..., Any]) -> None:
         method = getattr(self.model, name)
@@ -124,30 +130,14 @@ class Entries:
             self.groups.reshard()
 
 
-def _explain(setting: str, name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a method, and say which setting it needs if it meets a divided parameter."""
+def _explain(advice: str, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a method, and give advice if it meets a divided parameter."""
     try:
         return method(*args, **kwargs)
     except RuntimeError as error:
-        if _MIXED not in str(error):
+        if "mixed torch.Tensor and DTensor" not in str(error):
             raise
-        raise PrepareError(
-            f"{name}(): uses parameters of the model itself, of which this process holds only a part; name the method "
-            f"in the settings, as in {setting}: [{name}]"
-        ) from error
-
-
-def _explain_forward(setting: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return forward(*args, **kwargs)
-    except RuntimeError as error:
-        if _MIXED not in str(error):
-            raise
-        raise PrepareError(
-            "forward(): uses a block's parameters other than by calling the block, as block.weight or block.forward() "
-            f"do, and this process holds only a part of them; call the block, or set {setting} to modules that are "
-            "only called"
-        ) from error
+        raise PrepareError(advice) from error
 
 
 class _Order:
