@@ -113,7 +113,10 @@ def collect(state: State) -> Contents:
         "config": pack(dict(state.config), contents.small),
         "models": [collect_model(contents, i, model) for i, model in enumerate(state.models)],
         "optimizers": [_collect_optimizer(contents, i, o, state.models) for i, o in enumerate(state.optimizers)],
-        "precision": pack(state.precision.state_dict(), contents.small, "precision"),
+        "precision": {
+            "class": type(state.precision).__name__,
+            "state": pack(state.precision.state_dict(), contents.small, "precision"),
+        },
     }
     for kind, objects in state.others().items():
         states = state.positions() if kind == "loaders" else [value.state_dict() for value in objects]

@@ -149,7 +149,8 @@ def _apply(
         for value, saved in zip(objects, values[kind], strict=True):
             value.load_state_dict(unpack(saved, small))
     _align_schedulers(state)
-    state.precision.load_state_dict(unpack(values["precision"], small))
+    if values["precision"]["class"] == type(state.precision).__name__:  # another's means nothing to this one
+        state.precision.load_state_dict(unpack(values["precision"]["state"], small))
     if rank < len(values["random"]):
         load_generator_states(unpack(values["random"][rank], small), state.device)
 

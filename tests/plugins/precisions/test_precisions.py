@@ -191,3 +191,20 @@ def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
 def test_options_are_checked():
     with pytest.raises(ConfigError, match=r"mixed_precision\.fp16\.backoff_factor: must be below 1, got 1"):
         Accelerator(mixed_precision={"fp16": {"backoff_factor": 1}})
+
+
+def test_a_checkpoint_keeps_the_scale_for_its_own_precision(tmp_path):
+    backed_off = accelerator_of(fp16())
+    backed_off.prepare(nn.Linear(1, 1, bias=False))
+    backed_off.precision.loss_scale = 4.0
+    backed_off.save_state(tmp_path / "fp16")
+    other = accelerator_of("bf16")
+    other.prepare(nn.Linear(1, 1, bias=False))
+    other.load_state(tmp_path / "fp16")
+    other.save_state(tmp_path / "bf16")
+    again = accelerator_of(fp16())
+    again.prepare(nn.Linear(1, 1, bias=False))
+    again.load_state(tmp_path / "bf16")
+    assert again.precision.loss_scale == 8.0
+    again.load_state(tmp_path / "fp16")
+    assert again.precision.loss_scale == 4.0

@@ -18,7 +18,7 @@ from .models import Net, prepared, train, whole
 STRATEGIES: dict[str, tuple[set[int], dict[str, Any]]] = {
     "single": ({1}, {"strategies": ["single"]}),
     "ddp": ({1, 2, 3}, {"strategies": ["ddp"]}),
-    "zero1": ({2}, {"strategies": ["zero1"]}),
+    "zero1": ({2}, {"strategies": ["zero1"], "mixed_precision": "fp16"}),
     "zero2": ({3}, {"strategies": ["zero2"], "mixed_precision": "bf16"}),
     "zero3": ({2, 3, 4}, {"strategies": ["zero3"]}),
     "offload": ({2}, {"strategies": [{"zero3": {"offload": "cpu"}}]}),
