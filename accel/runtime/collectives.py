@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from ..errors import CollectiveError
 from .divided.tensor import whole_of
 from .nested import leaves, map_tensors, tensors
+from .shards import whole_tensor
 
 T = TypeVar("T")
 
@@ -162,8 +162,7 @@ def _all_gather(tensor: Tensor, group: ProcessGroup | None) -> list[Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    tensor = whole_of(tensor).detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole_tensor(whole_of(tensor).detach())
 
 
 def _vector(tensor: Tensor) -> Tensor:

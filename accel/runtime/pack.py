@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError
+from .shards import whole_tensor
 
 _TAG = "$"
 
@@ -30,8 +30,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        tensors[path] = whole.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = whole_tensor(value).detach().to("cpu", copy=True).contiguous()
         return {_TAG: "tensor", "name": path}
     if isinstance(value, torch.dtype):
         return {_TAG: "dtype", "name": str(value).removeprefix("torch.")}

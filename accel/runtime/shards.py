@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, PrepareError
@@ -99,7 +99,12 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.itemsize == 1:  # float8, of which backends have not heard
         sent: Any = like_part(held_part(tensor).view(torch.uint8), tensor)
         return whole_tensor(sent).view(tensor.dtype)
-    return tensor.full_tensor()
+    placements = list(tensor.placements)
+    # One axis after another: torch warns of what it thinks slow where one call gathers along several.
+    for axis in sorted(range(len(placements)), key=lambda axis: (type(placements[axis]) is Shard, -axis)):
+        placements[axis] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def accept_whole_model_states(model: nn.Module) -> None:
