@@ -7,16 +7,16 @@ compared counting from the last, as broadcasting does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import views
+from .joins import cat, common, einsum, fit, sizes, stack
 from .losses import cross_entropy
 from .peers import Undividable
 from .products import by_columns, by_rows
-from .tensor import Call, Divided, Division, divide, moved, part_of, whole_of, whole_shape
+from .tensor import Call, Divided, divide, moved, part_of, whole_of, whole_shape
 
 Rule = Callable[[Call], Any]
 
@@ -49,39 +49,14 @@ def _length(call: Call) -> int:
 
 def _pointwise(call: Call) -> Any:
     """Each element from those at its place, with broadcasting."""
-    division, place = _common(call)
+    division, place = common(call)
     if "out" in call.kwargs or (call.name == "where" and len(call.args) < 3):
         raise Undividable(f"it meets {call.name} in another form")
     if call.name.endswith("_") and not call.name.endswith("__") and not isinstance(call.first, Divided):
         raise Undividable(f"{call.name} changes a whole tensor")
-    size = _sizes(call)[place]
-    result = call.run(lambda value: _fit(value, division, place, size))
+    size = sizes(call)[place]
+    result = call.run(lambda value: fit(value, division, place, size))
     return divide(result, moved(division, result.dim() + place))
-
-
-def _common(call: Call) -> tuple[Division, int]:
-    """The one division of all divided arguments, and its dim counted from the last."""
-    found = call.divided()
-    divisions = [tensor.division for tensor in found]
-    places = {division.dim - tensor.dim() for division, tensor in zip(divisions, found, strict=True)}
-    if len(places) > 1 or len({(division.outer, division.length) for division in divisions}) > 1:
-        raise Undividable(f"{call.name} brings together tensors that are divided in different ways")
-    sources = frozenset[Any]().union(*(division.sources for division in divisions))
-    first = divisions[0]
-    return replace(first, sources=sources), places.pop()
-
-
-def _sizes(call: Call) -> list[int]:
-    return max((whole_shape(tensor) for tensor in call.divided()), key=len)
-
-
-def _fit(value: Any, division: Division, place: int, size: int | None = None) -> Any:
-    """A whole tensor's part, if it has the divided dim; else it is used by all, and its gradient is of all."""
-    if isinstance(value, Divided):
-        return value
-    if value.dim() < -place or value.shape[place] != size or size == 1:
-        return division.peers.copy(value)
-    return division.peers.take(value, value.dim() + place, division.outer)
 
 
 def _softmax(call: Call) -> Any:
@@ -185,13 +160,13 @@ def _rows_by_whole(call: Call) -> Call:
 def _matmul(call: Call) -> Any:
     """Batched: divided along a batch dim, or along rows of the left or columns of the right operand."""
     call = _rows_by_whole(call)
-    division, place = _common(call)
+    division, place = common(call)
     left, right = call.args[:2]
     if place <= -3:
-        size = _sizes(call)[place]
-        result = call.run(lambda value: _fit(value, division, place, size))
+        size = sizes(call)[place]
+        result = call.run(lambda value: fit(value, division, place, size))
     elif (place == -2 and not isinstance(right, Divided)) or (place == -1 and not isinstance(left, Divided)):
-        result = call.run(lambda value: _fit(value, division, place))
+        result = call.run(lambda value: fit(value, division, place))
     else:
         raise Undividable(f"{call.name} sums over what would be divided")
     return divide(result, moved(division, result.dim() + place))
@@ -202,28 +177,15 @@ def _attention(call: Call) -> Any:
     query, key, value = (call.option(i, name) for i, name in enumerate(("query", "key", "value")))
     if isinstance(query, Divided) and query.division.dim == query.dim() - 2:
         return query.division.peers.attention(call)
-    division, place = _common(call)
+    division, place = common(call)
     if place > -3:
         raise Undividable("attention sums over what would be divided")
-    sizes = {id(tensor): whole_shape(tensor)[place] for tensor in (query, key, value)}
+    heads = {id(tensor): whole_shape(tensor)[place] for tensor in (query, key, value)}
     mask, size = call.option(3, "attn_mask"), whole_shape(query)[place]
-    if size % division.peers.size or any(own % division.peers.size for own in sizes.values()):
+    if size % division.peers.size or any(own % division.peers.size for own in heads.values()):
         raise Undividable(f"its heads do not divide by {division.peers.size}", indivisible=True)
-    result = call.run(lambda t: _fit(t, division, place, size if t is mask else sizes[id(t)]))
+    result = call.run(lambda t: fit(t, division, place, size if t is mask else heads[id(t)]))
     return divide(result, moved(division, result.dim() + place))
-
-
-def _cat(call: Call) -> Any:
-    """cat along a dim that is not divided."""
-    items = [item for item in call.option(0, "tensors") if tuple(item.shape) != (0,)]  # as a cache begins
-    dim = call.option(1, "dim", 0)
-    division, place = _common(call)
-    shapes = [whole_shape(item) for item in items]
-    along = dim - (items[0].dim() if dim >= 0 else 0) == place
-    if (along and len(items) > 1) or len({len(shape) for shape in shapes}) > 1:
-        raise Undividable("cat along what would be divided")
-    size = _sizes(call)[place]
-    return divide(torch.cat([_fit(item, division, place, size) for item in items], dim), division)
 
 
 def _names(text: str) -> list[str]:
@@ -277,7 +239,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("sum mean var std amax amin logsumexp argmax"), _of_first(_reduction)),
     **dict.fromkeys(_names("layer_norm rms_norm"), _of_first(_norm)),
     **dict.fromkeys(_names("matmul bmm __matmul__"), _matmul),
-    **dict.fromkeys(_names("cat concat concatenate"), _cat),
+    **dict.fromkeys(_names("cat concat concatenate"), cat),
+    "stack": stack,
+    "einsum": einsum,
     **dict.fromkeys(_names("shape size"), _size),
     **dict.fromkeys(_names("numel nelement"), _count),
     "__len__": _length,

@@ -92,6 +92,14 @@ def _unsqueeze(call: Call) -> Any:
     return divide(call.run(), moved(division, division.dim + (dim <= division.dim)))
 
 
+def _complex(call: Call) -> Any:
+    """view_as_complex takes the last dim away, view_as_real adds one."""
+    division = call.first.division
+    if call.name == "view_as_complex" and division.dim == call.first.dim() - 1:
+        raise Undividable("a view takes apart what would be divided")
+    return divide(call.run(), division)
+
+
 def _transpose(call: Call) -> Any:
     dims = [call.option(1, "dim0") % call.first.dim(), call.option(2, "dim1") % call.first.dim()]
     division = call.first.division
@@ -223,6 +231,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     "permute": _permute,
     **dict.fromkeys(("T", "mT", "t"), _swap_last),
     "expand": _expand,
+    **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
     "repeat_interleave": _repeat_interleave,
     "split": _split,
     "chunk": _chunk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from .activations import Activations
 from .layer import own_kernels
 from .layers import apply
 from .observe import Observation, observe
-from .plan import Decision, Decisions, Planner, groups
+from .plan import SETTING, Decision, Decisions, Planner, groups
 
 if TYPE_CHECKING:
     from .strategy import Tensor
@@ -45,6 +46,7 @@ class DividedModel:
             self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
             expected = check.run(model, inputs)
             self._divide(inputs, expected)
+            self._check_any()
             self.activations = Activations(model, self.peers, strategy.options)
             if self.activations.settings:
                 self._divide_activations(inputs, expected)
@@ -92,7 +94,7 @@ class DividedModel:
             if fault := self._differs(group, inputs, expected):
                 faults.update(dict.fromkeys(group, fault))
         for name, fault in faults.items():
-            if self.decisions[name].why == "strategies.tensor.plan":
+            if self.decisions[name].why == SETTING:
                 raise PrepareError(f"strategies.tensor.plan: {name!r} cannot be divided: {fault}")
             self.decisions[name] = Decision("replicate", f"divided, it changes {fault}")
         if fault := self._differs(self.decisions, inputs, expected):
@@ -100,6 +102,18 @@ class DividedModel:
                 f"prepare: tensor cannot divide this {type(self.model).__name__}: on an example it changes {fault}; "
                 "name the layers to divide in strategies.tensor.plan, or use `zero3`"
             )
+
+    def _check_any(self) -> None:
+        """Warn, on the main process, where nothing is divided that the user's plan has not left whole."""
+        whole = [name for name, held in self.decisions.items() if held.style == "replicate" and held.why != SETTING]
+        if dist.get_rank() or len(whole) < len(self.decisions):
+            return
+        found = "; ".join(f"{name}: {self.decisions[name].why}" for name in whole[:3]) or "it has no linear layers"
+        warnings.warn(
+            f"tensor divides nothing of this {type(self.model).__name__}, and each of {self.peers.size} processes "
+            f"computes all ({found})",
+            stacklevel=2,
+        )
 
     def _differs(self, decisions: Decisions, inputs: Inputs, expected: check.Result) -> str:
         """How the model differs from the whole one if it is divided so; empty if it does not. Leaves it so."""

@@ -30,7 +30,7 @@ class Layer:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         if _inside.depth and isinstance(value, DTensor) and value.device_mesh == self._mesh:
-            return value.full_tensor() if value.placements[0].is_shard() else value.to_local()
+            return _apart(value.full_tensor() if value.placements[0].is_shard() else value.to_local())
         return value
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -76,8 +76,10 @@ class Layer:
         dim = self.divided_dims.get(name)
         if not isinstance(value, DTensor):  # no bias, or on another stage
             return None if value is None else value.detach()
+        if dim is not None and value.placements[0].is_shard(dim) and value.dim() > 1:
+            return value.to_local()  # a product makes its gradient
         if dim is None or value.placements[0].is_shard(dim):
-            return value.to_local()
+            return _apart(value.to_local())
         return self._peers.take(value.full_tensor(), dim)  # tied to what another layer holds whole
 
     def dealt(self, name: str) -> Tensor | None:
@@ -88,6 +90,27 @@ class Layer:
     def pieces_of(self, name: str) -> int:
         """Of how many equal pieces of a parameter this process works on its part."""
         return self._pieces
+
+
+def _apart(local: Tensor) -> Tensor:
+    """What a DTensor holds, with a gradient that shares its memory with no other."""
+    made: Tensor = _Apart.apply(local) if local.requires_grad else local  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Apart(torch.autograd.Function):
+    """Autograd gives both terms of a sum one gradient, and later adds to it in place unless others hold it too.
+
+    Of a DTensor it sees the outside only: terms would add to each other's gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].clone()
 
 
 class _Inside:

@@ -108,6 +108,39 @@ def fused_gpt():
     return GPT(attention=FusedAttention)
 
 
+class RotatedAttention(Attention):
+    """Rotates pairs of a head's numbers, spelled out and as complex numbers, and writes products as sums."""
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = (layer(x).view(b, t, HEADS, d // HEADS) for layer in (self.q, self.k, self.v))
+        angles = torch.arange(t)[:, None] / 10 ** torch.arange(d // HEADS // 2)
+        cos, sin = (part.repeat_interleave(2, -1)[:, None] for part in (angles.cos(), angles.sin()))
+        q = q * cos + torch.stack([-q[..., 1::2], q[..., ::2]], -1).flatten(-2) * sin
+        turned = torch.view_as_complex(k.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, torch.view_as_real(turned).flatten(-2))
+        mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        return self.o(mixed.reshape(b, t, d))
+
+
+def rotated_gpt():
+    return GPT(attention=RotatedAttention)
+
+
+class Marked(GPT):
+    """Begins with a token of its own: two parameters are added, and have one gradient where there is one sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.mark = nn.Parameter(torch.randn(1, 1, WIDTH) / 10)
+
+    def forward(self, tokens):
+        x = torch.cat([self.mark.expand(len(tokens), -1, -1), self.embedding(tokens[:, 1:])], 1) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
 class Choosy(GPT):
     """Leaves out a block for batches that begin with an even token."""
 

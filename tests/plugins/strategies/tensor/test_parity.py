@@ -22,6 +22,7 @@ OWN = [
     (models.shared_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
     (models.fused_gpt, {**FUSED, **FEED, **VOCABULARY}),
     (models.stacked_gpt, {**FUSED, **FEED, **VOCABULARY}),
+    (models.rotated_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
     (models.Choosy, {**ATTENTION, **FEED, **VOCABULARY}),
     (models.Encoder, TORCHS),
     (models.Seq2Seq, TORCHS),
@@ -113,6 +114,12 @@ def test_hugging_face_models():
 
 def test_accumulation_and_clipping():
     for found in run(2, deviations, models.GPT, (), 2, tensor(2, **BOTH), 3, 0.1):
+        check(found, {})
+
+
+def test_accumulation_of_single_samples():
+    """Gradients that autograd gives to several parameters at once do not add up in one another's memory."""
+    for found in run(2, deviations, models.Marked, (), 2, tensor(2), 3, None, "fp32", 2, 1):
         check(found, {})
 
 

@@ -1,6 +1,7 @@
 """What tensor parallelism promises besides parity: plans, parts, bytes, refusals, and the objects that a loop uses."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -97,8 +98,18 @@ def evaluate():
         copy.deepcopy(model)
 
 
+def undivided():
+    """What has nothing to divide is held whole, which is said once."""
+    accelerator = accelerator_for(2, {"tensor": {"size": 2}})
+    with warnings.catch_warnings(record=True, action="always") as told:
+        accelerator.prepare(nn.Conv2d(3, 4, 3))
+    said = ["tensor divides nothing of this Conv2d, and each of 2 processes computes all (it has no linear layers)"]
+    assert [str(warning.message) for warning in told] == said * (accelerator.process_index == 0)
+
+
 def test_evaluation_parts_and_states():
     run(2, evaluate)
+    run(2, undivided)
 
 
 def infer():

@@ -29,7 +29,7 @@ def accelerator_for(n, strategies, **settings):
     return Accelerator(strategies=strategies, num_processes=n, device="cpu", **settings)
 
 
-def deviations(make, args, n, strategies, accumulation=1, clip=None, precision="fp32", steps=5):
+def deviations(make, args, n, strategies, accumulation=1, clip=None, precision="fp32", steps=5, rows=ROWS):
     """The largest difference of losses, gradients, norms and weights from plain torch's, relative to the largest
     element of each tensor, and what was said of each layer."""
     settings = {"gradient_accumulation_steps": accumulation, "mixed_precision": precision}
@@ -47,9 +47,9 @@ def deviations(make, args, n, strategies, accumulation=1, clip=None, precision="
     for step in range(steps):
         for micro in range(accumulation):
             seed = (step * accumulation + micro) * data.size
-            loss = loss_of(model, seed + data.index, ROWS)
+            loss = loss_of(model, seed + data.index, rows)
             accelerator.backward(loss)
-            wanted = torch.stack([plain_loss(reference, seed + i, precision) for i in range(data.size)])
+            wanted = torch.stack([plain_loss(reference, seed + i, precision, rows) for i in range(data.size)])
             (wanted.mean() / accumulation).backward()
             note("loss", loss.detach(), wanted[data.index].detach())
             if micro < accumulation - 1:
@@ -73,7 +73,7 @@ def deviations(make, args, n, strategies, accumulation=1, clip=None, precision="
     return worst, tensor.describe(model)
 
 
-def plain_loss(model, seed, precision):
+def plain_loss(model, seed, precision, rows):
     narrow = precision != "fp32"
     with torch.autocast("cpu", torch.bfloat16) if narrow else contextlib.nullcontext():
-        return loss_of(model, seed, ROWS)
+        return loss_of(model, seed, rows)
