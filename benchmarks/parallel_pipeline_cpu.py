@@ -21,7 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformer import Block, Shape
@@ -31,8 +37,13 @@ from accel.testing import run
 
 SHAPE = Shape(width=256, layers=8, heads=4, vocabulary=1024, length=64, batch=16)
 WARM_UP, STEPS = 2, 8
-TORCH: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
-ROWS = [("gpipe", False), ("interleaved", False), ("1f1b", True), ("1f1b", False)]
+TORCH: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+}
+ROWS = [("gpipe", False), ("interleaved", False), ("zero_bubble", False), ("1f1b", True), ("1f1b", False)]
 """Schedules, and whether torch computes activations again too."""
 
 
@@ -84,7 +95,8 @@ def by_torch(schedule: str, again: bool, micro_batches: int, tokens: Tensor) -> 
         modules = list(model.blocks[index * each : (index + 1) * each])
         modules = [*([model.embedding] if index == 0 else []), *modules, *([model.end] if index == count - 1 else [])]
         stages.append(PipelineStage(Stage(modules, again), index, count, torch.device("cpu")))
-    made = TORCH[schedule](stages if len(stages) > 1 else stages[0], micro_batches, loss_fn=loss_of)
+    several = schedule in ("interleaved", "zero_bubble")
+    made = TORCH[schedule](stages if several else stages[0], micro_batches, loss_fn=loss_of)
     given = ([tokens] if rank == 0 else []), ({"target": tokens} if rank == size - 1 else {})
 
     def step() -> None:

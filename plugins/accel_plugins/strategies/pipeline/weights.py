@@ -47,8 +47,9 @@ def backward_to(ends: Sequence[Tensor], tensors: Sequence[Tensor], gradients: Se
 
     None if all has been done: there are no `ends`, so that nobody waits, or the graph cannot be split.
     """
-    graph = _Graph([t.grad_fn for t in tensors if t.grad_fn is not None], [_node_of(end) for end in ends])
-    if not ends or not graph.splits:
+    roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    graph = _Graph(roots, [_node_of(end) for end in ends]) if ends else None
+    if graph is None or not graph.splits:
         torch.autograd.backward(tensors, gradients)
         return None
     products, together = graph.products()
