@@ -79,9 +79,12 @@ def test_we_read_what_the_library_writes(format: Checkpoint, tmp_path: Path) -> 
 
 
 def test_elements_are_aligned(format: Checkpoint) -> None:
-    entries = [Entry("flag", "bool", (3,)), Entry("byte", "uint8", (1,)), Entry("wide", "float64", (2,))]
+    entries = [Entry("flag", "bool", (3,)), Entry("wide", "float64", (2,)), Entry("none", "float64", (0,))]
+    entries += [Entry("step", "float32", ()), Entry("large", "float32", (64, 64)), Entry("odd", "float64", (3,))]
     [file] = format.layout("model", entries, 1 << 40)
-    assert all(place.offset % 8 == 0 for place in file.places if place.entry.dtype == "float64")
+    offsets = {place.entry.name: place.offset for place in file.places}
+    assert offsets["none"] % 4096 == offsets["large"] % 4096 == offsets["wide"] % 16 == offsets["odd"] % 8 == 0
+    assert offsets["step"] % 4 == 0
 
 
 def test_large_groups_are_cut_as_hugging_face_does(format: Checkpoint, tmp_path: Path) -> None:
