@@ -1,15 +1,16 @@
 """Reading what is wanted of a checkpoint, and checking it on the way.
 
 Memory that is empty is filled while its bytes are checked. Memory in use must not be touched before all is known to be
-whole: its bytes are checked first, in little memory, and read again by then from the page cache. A second memory to
-put them aside would cost more: to be given memory by the system takes longer than to read into it.
+whole: its bytes are checked first, where the page cache has them, and then read. A second memory to put them aside
+would cost more: to be given memory by the system takes longer than to read into it.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ class CheckedReader:
         """For each range, 1 if what is wanted touches it."""
 
         self._steps: list[Step] = []
+        self._stamps: dict[str, tuple[int, ...]] = {}
         self._exact = {(r.file, _geometry(r)): i for i, r in enumerate(ranges)}
         self._stretches: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for i, r in sorted(enumerate(ranges), key=lambda item: item[1].offset):
@@ -65,25 +67,43 @@ class CheckedReader:
         else:
             self._want_stretch(file, geometry, memory, used)
 
-    def read(self, others: Iterable[int] = ()) -> Iterator[Problem]:
-        """Check what is wanted and the ranges of these numbers, fill what is not in use; yields what is damaged.
+    def read(self, others: Iterable[int] = ()) -> list[Problem]:
+        """Check what is wanted and the ranges of these numbers, fill what is not in use; returns what is damaged.
 
         Raises CheckpointError if a file cannot be read or ends too early where no checksum is known.
         """
+        self._stamps = {file: self._stamp(file) for file in {step.range.file for step in self._steps}}
         now = [step for step in self._steps if step.range.checksum or not step.used]
         first = [replace(step, memory=None) if step.used else step for step in now]
         return self._run([*first, *(Step(self.ranges[i]) for i in others)])
 
-    def replace(self) -> Iterator[Problem]:
-        """Fill what is in use; errors as in `read`, after which it is half filled."""
-        return self._run([step for step in self._steps if step.used])
+    def replace(self) -> list[Problem]:
+        """Fill what is in use; returns which files have changed since `read`. If before this, nothing is filled.
 
-    def _run(self, steps: Sequence[Step]) -> Iterator[Problem]:
-        with Reader(self.folder) as reader, ThreadPoolExecutor(THREADS) as pool:
-            for file in {step.range.file for step in steps}:
-                with naming(self.folder / file, "read"):
-                    reader.open(file)
-            yield from filter(None, pool.map(lambda step: _carry_out(step, reader), steps))
+        Raises CheckpointError if a file cannot be read, after which memory is half filled.
+        """
+        if changed := self._changed():
+            return changed
+        return self._run([_plain(step) for step in self._steps if step.used]) + self._changed()
+
+    def _changed(self) -> list[Problem]:
+        reason = "has been changed while it was read"
+        return [Problem(file, "", reason) for file, stamp in self._stamps.items() if self._stamp(file) != stamp]
+
+    def _stamp(self, file: str) -> tuple[int, ...]:
+        """What tells a file from another, or from itself before it was written to."""
+        with naming(self.folder / file, "read"):
+            facts = os.stat(self.folder / file)
+        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+    def _run(self, steps: Sequence[Step]) -> list[Problem]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [problem for found in pool.map(self._carry_out, _shares(steps, THREADS)) for problem in found]
+
+    def _carry_out(self, steps: Sequence[Step]) -> list[Problem]:
+        """In one thread, with open files of its own: the system reads ahead for each of them."""
+        with Reader(self.folder) as reader:
+            return [problem for step in steps if (problem := _carry_out(step, reader))]
 
     def _want_stretch(self, file: str, geometry: Geometry, memory: memoryview, used: bool) -> None:
         start, stop = geometry.offset, geometry.offset + geometry.size
@@ -121,8 +141,28 @@ def _carry_out(step: Step, reader: Reader) -> Problem | None:
     return problem
 
 
+def _shares(steps: Sequence[Step], count: int) -> list[list[Step]]:
+    """Consecutive stretches of about as many bytes: what is read ahead is read by who will need it.
+
+    The system then keeps it in large pieces, too, which all who read it later are faster with.
+    """
+    shares: list[list[Step]] = [[] for _ in range(count)]
+    total, before = sum(step.range.total for step in steps), 0
+    for step in sorted(steps, key=lambda step: (step.range.file, step.range.offset)):
+        shares[min(before * count // max(total, 1), count - 1)].append(step)
+        before += step.range.total
+    return shares
+
+
 def _geometry(r: Range) -> Geometry:
     return Geometry(r.offset, r.size, r.count, r.stride)
+
+
+def _plain(step: Step) -> Step:
+    """The same bytes, no more than are wanted, without a checksum."""
+    r = step.range
+    part = r if step.skip is None or step.memory is None else Geometry(r.offset + step.skip, len(step.memory))
+    return Step(_unchecked(r.file, part), step.memory)
 
 
 def _unchecked(file: str, g: Geometry) -> Range:

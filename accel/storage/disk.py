@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import xxhash
 from ..errors import CheckpointError
 from .direct import DirectWriter
 from .files import Files, naming
+from .mapped import show
 
 CHUNK = 16 << 20
 """The most bytes that one checksum stands for."""
@@ -70,19 +71,23 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 
 
 class Reader(Files):
-    """Reads from the files of a folder, in any number of threads once they are open."""
+    """Reads from the files of a folder, in one thread."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._own = threading.local()
+        self._scratch = memoryview(b"")
 
     def scan(self, file: str, run: Geometry, see: Callable[[memoryview], object], buffer: memoryview | None) -> None:
-        """Show one run of bytes, piece by piece; read into a buffer if there is one. Errors as `read`."""
-        for start in range(0, run.size, PIECE):
-            stop = min(start + PIECE, run.size)
-            piece = self.scratch(stop - start) if buffer is None else buffer[start:stop]
-            self.read(file, Geometry(run.offset + start, stop - start), piece)
-            see(piece)
+        """Show one run of bytes; read it into a buffer, piece by piece, if there is one. Errors as `read`."""
+        with naming(self.folder / file, "read"):
+            handle = self.open(file)
+            if buffer is None and show(handle, run.offset, run.size, see):
+                return
+            for start in range(0, run.size, PIECE):
+                stop = min(start + PIECE, run.size)
+                piece = self.scratch(stop - start) if buffer is None else buffer[start:stop]
+                self._fill(handle, file, piece, run.offset + start)
+                see(piece)
 
     def read(self, file: str, geometry: Geometry, buffer: memoryview) -> None:
         """Fill a buffer of `geometry.total` bytes. Raises CheckpointError if the file ends before."""
@@ -92,11 +97,10 @@ class Reader(Files):
                 self._fill(handle, file, buffer[i * geometry.size : (i + 1) * geometry.size], offset)
 
     def scratch(self, size: int) -> memoryview:
-        """Memory of this thread, which is used over again."""
-        if len(getattr(self._own, "memory", b"")) < size:
-            self._own.memory = memoryview(bytearray(size))
-        memory: memoryview = self._own.memory[:size]
-        return memory
+        """Memory that is used over again; it begins a page, as what is read into it likes to."""
+        if len(self._scratch) < size:
+            self._scratch = memoryview(mmap.mmap(-1, size))
+        return self._scratch[:size]
 
     def _fill(self, handle: int, file: str, buffer: memoryview, offset: int) -> None:
         done = 0

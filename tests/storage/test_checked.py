@@ -87,6 +87,21 @@ def test_each_byte_is_read_once_unless_its_memory_is_in_use(tmp_path: Path, monk
     assert count == [1100]
 
 
+def test_files_that_change_before_memory_in_use_is_filled(tmp_path: Path) -> None:
+    """Written to in place, or replaced by another: it is told, and the memory is as it was."""
+    data, ranges = written(tmp_path, random.Random(0))
+    file, other = tmp_path / "f", tmp_path / "g"
+    for change in (lambda: file.write_bytes(data[::-1]), lambda: other.replace(file)):
+        file.write_bytes(data)
+        other.write_bytes(data)
+        memory, reader = bytearray(100), CheckedReader(tmp_path, ranges)
+        reader.want("f", Geometry(10, 100), memoryview(memory), used=True)
+        assert reader.read() == []
+        change()
+        assert [str(problem) for problem in reader.replace()] == ["f: has been changed while it was read"]
+        assert memory == bytearray(100)
+
+
 def test_files_that_end_or_are_gone(tmp_path: Path) -> None:
     data, ranges = written(tmp_path, random.Random(0))
     os.truncate(tmp_path / "f", 990)

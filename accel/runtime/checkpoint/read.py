@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,11 +65,14 @@ class Parts:
         """
         others = [i for i, marks in enumerate(zip(*self._asked, strict=True)) if not any(marks)]
         mine = others[exchange.world.rank :: exchange.world.size]
-        found = exchange.together(lambda: list(islice(self._reader.read(mine), 1)), DamagedError)
+        found = exchange.together(lambda: self._reader.read(mine)[:1], DamagedError)
         self._raise_for(problem for some in found for problem in some)
 
     def replace(self) -> None:
-        """Read what goes into memory in use; raises DamagedError if the files have changed since `fill`."""
+        """Read what goes into memory in use; raises DamagedError if files have changed since `fill`.
+
+        If they had before this, nothing in use has changed.
+        """
         self._raise_for(self._reader.replace())
 
     def _raise_for(self, problems: Iterable[Problem]) -> None:
