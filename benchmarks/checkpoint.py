@@ -39,7 +39,11 @@ from accel import Accelerator
 from accel.runtime.world import World
 from accel.testing import run
 
-BUFFER = 16 << 20
+BUFFER = 1 << 20
+LAYERS = 8
+FLOATS = 3 * LAYERS
+"""Matrices of the state: a weight and Adam's two moments for each layer."""
+
 BATCHES = 10**6
 """How far into an epoch the resume is that is compared with one at its beginning."""
 
@@ -63,8 +67,11 @@ class Contenders:
     """The state of each contender, and what it does with it; all ranks."""
 
     def __init__(self, folder: Path, megabytes: int) -> None:
-        self.folder, self.megabytes, self.main = folder, megabytes, World.from_environment().rank == 0
-        self.several = World.from_environment().size > 1
+        world = World.from_environment()
+        self.folder, self.megabytes = folder, megabytes
+        self.width = max(int((megabytes * 1e6 / FLOATS / 4) ** 0.5) // 64, 1) * 64
+        self.rank, self.processes = world.rank, world.size
+        self.main, self.several = world.rank == 0, world.size > 1
         self.accelerator = Accelerator(strategies=["zero3"] if self.several else ["single"])
         self.model, self.optimizer = self._trained()
         self.accelerator.prepare(self.model, self.optimizer)
@@ -79,8 +86,7 @@ class Contenders:
         self.weights = [torch.ones(1024, 1024, requires_grad=True) for _ in range(8)]
 
     def _trained(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        size = int((self.megabytes * 1e6 / 4 / 3 / 8) ** 0.5)
-        model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(8)])
+        model = nn.Sequential(*[nn.Linear(self.width, self.width, bias=False) for _ in range(LAYERS)])
         return model, torch.optim.Adam(model.parameters())
 
     def compute(self) -> None:
@@ -99,7 +105,7 @@ class Contenders:
 
     def rows(self) -> Iterator[Row]:
         """In the order in which they take turns."""
-        ours, theirs, raw = (self.folder / name for name in ("accel", "dcp", "raw"))
+        ours, theirs = (self.folder / name for name in ("accel", "dcp"))
         alone = not self.several
         accelerator = self.accelerator
         yield Row("dd, flushed", lambda: self.main and self.dd())
@@ -116,7 +122,7 @@ class Contenders:
         yield Row("DCP", lambda: dcp.save(self.state, checkpoint_id=theirs, no_dist=alone), ["dd, flushed"])
         for cached, where in ((False, "disk"), (True, "page cache")):
             read = f"raw read, {where}"
-            yield Row(read, lambda: self.main and self.read(), [], raw, cached)
+            yield Row(read, lambda: self.read(ours), [], ours, cached)
             if not cached:
                 yield Row("copy", self.copy)
             should = [read, "copy"]
@@ -156,13 +162,15 @@ class Contenders:
         raw = self.folder / "raw" / "file"
         raw.parent.mkdir(exist_ok=True)
         raw.unlink(missing_ok=True)
-        count = int(self.megabytes * 1e6) >> 20
+        count = 4 * FLOATS * self.width**2 >> 20
         command = ["dd", "if=/dev/zero", f"of={raw}", "bs=1M", f"count={count}", "conv=fsync"]
         subprocess.run(command, check=True, capture_output=True)
 
-    def read(self) -> None:
-        """The same file, into one buffer."""
-        read_all(self.folder / "raw")
+    def read(self, folder: Path) -> None:
+        """This process's share of each file, into one buffer."""
+        for path in filter(Path.is_file, folder.rglob("*")):
+            size = path.stat().st_size
+            read(path, size * self.rank // self.processes, size * (self.rank + 1) // self.processes)
 
     def copy(self) -> None:
         """What this process holds of our state, into memory that is there."""
@@ -190,13 +198,19 @@ def flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
+def read(path: Path, start: int, stop: int) -> None:
+    """Read bytes of a file, into one buffer."""
+    buffer = memoryview(bytearray(BUFFER))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while got := file.readinto(buffer[: stop - start]):
+            start += got
+
+
 def read_all(folder: Path) -> None:
-    """Read all files of a folder into one buffer."""
-    buffer = bytearray(BUFFER)
+    """Read all files of a folder."""
     for path in filter(Path.is_file, folder.rglob("*")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+        read(path, 0, path.stat().st_size)
 
 
 def forget(folder: Path) -> None:
@@ -207,33 +221,44 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[Sequence[str], list[float]]]:
-    """The seconds of each row, and the row that it is compared with, after a round that does not count; all ranks."""
+Spans = dict[str, tuple[Sequence[str], list[tuple[float, float]]]]
+"""For each row those that it is compared with, and when this process began and ended in each round, in seconds."""
+
+
+def measure(folder: Path, megabytes: int, rounds: int) -> Spans:
+    """Let the rows take turns, after a round that does not count; all ranks."""
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that it overwrites, as it should here
     contenders = Contenders(folder, megabytes)
-    times: dict[str, tuple[Sequence[str], list[float]]] = {}
+    spans: Spans = {}
     rows = list(contenders.rows())
     for count in range(rounds + 1):
         for row in rows:
             if row.files and contenders.main:
                 (read_all if row.cached else forget)(row.files)
             row.before()
-            seconds = timed(row.act, contenders.several)
+            span = timed(row.act, contenders.several)
             if count:
-                times.setdefault(row.name, (row.base, []))[1].append(seconds)
+                spans.setdefault(row.name, (row.base, []))[1].append(span)
     contenders.accelerator.free_memory()
-    return times
+    return spans
 
 
-def timed(act: Callable[[], Any], several: bool) -> float:
-    """Until all ranks have done it."""
+def timed(act: Callable[[], Any], several: bool) -> tuple[float, float]:
+    """When this process began and ended, by a clock that all processes share."""
     if several:
         dist.barrier()
     start = time.perf_counter()
     act()
-    if several:
-        dist.barrier()
-    return time.perf_counter() - start
+    return start, time.perf_counter()
+
+
+def seconds(spans: Sequence[Spans]) -> dict[str, tuple[Sequence[str], list[float]]]:
+    """From the begin of the first process to the end of the last, of each row in each round."""
+    found = {}
+    for name, (base, _) in spans[0].items():
+        rounds = zip(*(each[name][1] for each in spans), strict=True)
+        found[name] = base, [max(stop for _, stop in ranks) - min(start for start, _ in ranks) for ranks in rounds]
+    return found
 
 
 def resume(folder: Path, batch: int) -> float:
@@ -250,7 +275,7 @@ def resume(folder: Path, batch: int) -> float:
         return found
 
     first()
-    return statistics.median(timed(first, False) for _ in range(5))
+    return statistics.median(stop - start for start, stop in (timed(first, False) for _ in range(5)))
 
 
 def show(times: dict[str, tuple[Sequence[str], list[float]]]) -> None:
@@ -271,7 +296,7 @@ def main() -> None:
     for count in options.processes:
         folder = Path(tempfile.mkdtemp(dir=options.folder))
         try:
-            [times, *_] = run(count, measure, folder, options.megabytes, options.rounds, timeout=1800)
+            times = seconds(run(count, measure, folder, options.megabytes, options.rounds, timeout=1800))
         finally:
             shutil.rmtree(folder)
         print(f"\n{count} processes, {options.megabytes} MB, median of {options.rounds} rounds")
