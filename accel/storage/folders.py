@@ -37,6 +37,8 @@ def find(folder: Path) -> Path:
     for candidate in (folder, older(folder)):
         if candidate.is_dir():
             return candidate
+    if folder.exists():
+        raise CheckpointError(f"{folder}: this is a file, and a checkpoint is a folder")
     raise CheckpointError(f"{folder}: no such checkpoint; save_state({str(folder)!r}) writes it")
 
 

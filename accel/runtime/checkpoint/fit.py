@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,15 @@ FOREIGN = {
     "pytorch_model.bin": "a pickled model; torch.load it and call model.load_state_dict before prepare()",
     "pytorch_model.bin.index.json": "a pickled model in parts; its own library can save it as safetensors",
     "latest": "DeepSpeed; its zero_to_fp32.py makes weights of it",
-    "pytorch_model_fsdp_0": "sharded by Hugging Face Accelerate; accelerate merge-weights makes safetensors of it",
-    "optimizer.bin": "Hugging Face Accelerate; load_model() reads its weights, its optimizer state is pickled",
+    "pytorch_model_fsdp*_rank*.bin": "a model that Hugging Face Accelerate pickled, a part from each process; let it "
+    "load that and save with fsdp_state_dict_type: SHARDED_STATE_DICT",
+    "pytorch_model_fsdp*.bin": "a model that Hugging Face Accelerate pickled; torch.load it and call "
+    "model.load_state_dict before prepare()",
+    "pytorch_model_fsdp_*": "sharded by Hugging Face Accelerate; accelerate merge-weights makes safetensors of it",
+    "optimizer*.bin": "Hugging Face Accelerate; load_model() reads its weights if they are safetensors; "
+    "the rest is pickled",
 }
-"""Files by which folders of other libraries are known, and what to do with them."""
+"""Patterns of files by which folders of other libraries are known, and what to do with them; the first counts."""
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -86,9 +92,12 @@ def compare(here: Mapping[str, Sequence[int]], places: Mapping[str, Place], same
 
 
 def foreign(folder: Path) -> str:
-    """What a folder seems to be if another library wrote it; empty if nothing is known."""
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    return next((f"this looks like {what}" for name, what in FOREIGN.items() if name in names), "")
+    """What a folder, or a file, seems to be if another library wrote it; empty if nothing is known."""
+    names = os.listdir(folder) if folder.is_dir() else [folder.name]
+    known = [what for pattern, what in FOREIGN.items() if fnmatch.filter(names, pattern)]
+    if known:
+        return f"this looks like {known[0]}"
+    return "this is a file; name the folder of a model.safetensors" if folder.is_file() else ""
 
 
 def complete(folder: Path) -> Manifest:

@@ -98,23 +98,57 @@ def test_what_does_not_fit_is_named(tmp_path: Path, saved: dict[str, tuple[int, 
         assert torch.equal(value, torch.ones_like(value) if fits else before[name])
 
 
+FSDP = "pytorch_model_fsdp"
+
+
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("files", "message"),
     [
-        ("pytorch_model.bin", "a pickled model"),
-        (".metadata", "torch's distributed checkpoint"),
-        ("latest", "DeepSpeed"),
-        ("notes.txt", r"model\.safetensors: no such file"),
+        (["pytorch_model.bin", "optimizer.bin"], "a pickled model; torch.load it"),
+        ([".metadata", "__0_0.distcp"], "torch's distributed checkpoint"),
+        (["latest", "random_states_0.pkl"], "DeepSpeed"),
+        ([f"{FSDP}_0/.metadata", "optimizer_0/.metadata", "scheduler.bin"], "sharded by .* accelerate merge-weights"),
+        ([f"{FSDP}.bin", "optimizer.bin"], "Hugging Face Accelerate pickled; torch.load it"),
+        ([f"{FSDP}_1.bin", "optimizer.bin"], "Hugging Face Accelerate pickled; torch.load it"),
+        ([f"{FSDP}_rank0.bin", f"{FSDP}_rank1.bin"], "a part from each process; .*SHARDED_STATE_DICT"),
+        ([f"{FSDP}_0_rank0.bin", "optimizer_0_rank0.bin"], "a part from each process; .*SHARDED_STATE_DICT"),
+        (["optimizer.bin", "scheduler.bin"], "Accelerate; load_model.. reads its weights if"),
+        (["notes.txt"], r"model\.safetensors: no such file$|no manifest\.json$"),
     ],
 )
-def test_folders_of_others(tmp_path: Path, file: str, message: str) -> None:
-    (tmp_path / file).touch()
+def test_folders_of_others(tmp_path: Path, files: list[str], message: str) -> None:
+    """Each is told with what to do about it, by both ways to load."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
     accelerator = Accelerator()
     with pytest.raises(CheckpointError, match=message):
         accelerator.load_model(accelerator.prepare(nn.Linear(1, 1)), tmp_path)
-    if file != "notes.txt":
-        with pytest.raises(CheckpointError, match=f"not a complete checkpoint: .*{message}"):
-            accelerator.load_state(tmp_path)
+    with pytest.raises(CheckpointError, match=f"not a complete checkpoint: .*({message})"):
+        accelerator.load_state(tmp_path)
+
+
+def test_files_in_place_of_folders(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(1, 1))
+    for name, hint in ((f"{FSDP}.bin", "torch.load it"), ("model.safetensors", "name the folder of a model.safetens")):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=hint):
+            accelerator.load_model(model, tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"{name}: this is a file, and a checkpoint is a folder"):
+            accelerator.load_state(tmp_path / name)
+
+
+def test_weights_beside_anothers_state(tmp_path: Path) -> None:
+    """As Accelerate saves a model that is not divided: the weights load, and of the rest it is said what it is."""
+    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "optimizer.bin").touch()
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="Hugging Face Accelerate; load_model"):
+        accelerator.load_state(tmp_path)
+    assert not accelerator.load_model(model, tmp_path)
+    assert model.weight.eq(1).all()
 
 
 def test_a_folder_of_weights_is_no_checkpoint(tmp_path: Path) -> None:
