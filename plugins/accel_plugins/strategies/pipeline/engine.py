@@ -16,6 +16,7 @@ from .batches import Batch
 from .flight import Flight
 from .nest import put_together
 from .outputs import Awaited
+from .outside import listen
 from .plan import make_plan
 from .questions import Questions
 from .streams import Streams
@@ -47,6 +48,7 @@ class StagedModel:
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
         self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)
         self._let_go()
+        listen(self)
         model.forward = functools.wraps(self.own_forward)(lambda *args, **kwargs: self.forward(*args, **kwargs))
         self.peak = 0
         """Most micro-batches whose graph this process has held at once."""
@@ -142,9 +144,10 @@ class StagedModel:
             for name in needed:
                 stages[name].add(stage)
         everyone = set(range(self.ranks))
-        return {name: sorted({self._rank_of(stage) for stage in found} or everyone) for name, found in stages.items()}
+        return {name: sorted({self.rank_of(stage) for stage in found} or everyone) for name, found in stages.items()}
 
-    def _rank_of(self, stage: int) -> int:
+    def rank_of(self, stage: int) -> int:
+        """The process of a stage; that of the end has the last."""
         return min(stage, self.split.stages - 1) % self.ranks
 
     def _let_go(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from accel.runtime.adopt import PART, Adopted, Part, adopt
@@ -26,10 +27,14 @@ class Listener(Protocol):
 
 
 class Stage:
-    """What the parts of one model have in common: who listens at the moment; None outside of a forward."""
+    """What the parts of one model have in common: who listens at the moment; None outside of a forward.
+
+    There, `outside` has the calls of parts that learn nothing, with the arguments of `Listener.call`.
+    """
 
     def __init__(self) -> None:
         self.listener: Listener | None = None
+        self.outside: Callable[..., Any] | None = None
 
 
 class StagedPart(Part):
@@ -46,7 +51,9 @@ class Staged(Adopted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         part: StagedPart = self.__dict__[PART]
         forward: Callable[..., Any] = super().__call__  # type: ignore[misc]
-        listener = part.stage.listener
+        listener, outside = part.stage.listener, part.stage.outside
+        if listener is None and outside is not None and not torch.is_grad_enabled():
+            return outside(part.name, forward, args, kwargs)
         if listener is None or listener.inside:
             return forward(*args, **kwargs)
         return listener.call(part.name, forward, args, kwargs)

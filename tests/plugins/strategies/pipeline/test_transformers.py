@@ -123,20 +123,22 @@ def test_all_models():
     assert_close(run(2, train_all, list(CASES), {"micro_batches": 3, "schedule": "1f1b"}, timeout=110))
 
 
-def generate():
-    case = CASES["gpt2"]
+def generate(name):
+    """Greedily and by beams; an encoder is called on its own then, and on each process."""
+    case = CASES[name]
     plain, tokens = make(case).eval(), case.batch(0, 5)["input_ids"]
     model = accelerator_for(case, {"micro_batches": 2}, num_processes=2).prepare(make(case)).eval()
     settings = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad():
-        expected = plain.generate(tokens, **settings)
-        assert torch.equal(model.generate(tokens, **settings, use_cache=False), expected)
-        for refused in (settings, {**settings, "use_cache": False, "output_attentions": True}):
+        for options in (settings, {**settings, "num_beams": 2}):
+            assert torch.equal(model.generate(tokens, **options), plain.generate(tokens, **options))
+        for refused in ({"use_cache": True}, {"output_attentions": True}):
             with pytest.raises(PrepareError, match=r"use_cache=False|inside blocks"):
-                model.generate(tokens, **refused)
+                model.generate(tokens, **settings, **refused)
     return True
 
 
 @pytest.mark.slow
-def test_generate_without_a_cache():
-    assert run(2, generate, timeout=110) == [True, True]
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_generate(name):
+    assert run(2, generate, name, timeout=110) == [True, True]
