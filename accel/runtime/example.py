@@ -27,6 +27,9 @@ _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, A
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the named arguments of a forward call."""
 
+_trials: list[nn.Module] = []
+"""Models that are being tried out."""
+
 _known: WeakKeyDictionary[nn.Module, Inputs] = WeakKeyDictionary()
 """What was found or said before: the first strategy may leave a model that takes no wrong inputs any more."""
 
@@ -63,17 +66,24 @@ def tried_out(model: nn.Module) -> Iterator[None]:
     buffers = [(owner._buffers, name, value) for owner in modes for name, value in owner._buffers.items()]
     copies = [None if value is None else value.clone() for _, _, value in buffers]
     device = _device(model)
+    _trials.append(model)
     devices = [] if device.type in ("cpu", "meta") else [device]
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             yield
     finally:
+        _trials.remove(model)
         for module, mode in modes.items():
             module.training = mode
         for (place, name, value), copy in zip(buffers, copies, strict=True):
             place[name] = value
             if value is not None and copy is not None:
                 value.detach().copy_(copy)
+
+
+def is_tried_out(model: nn.Module) -> bool:
+    """Whether this is inside `tried_out`: whoever runs the model wants to see all of its outputs."""
+    return any(trial is model for trial in _trials)
 
 
 def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

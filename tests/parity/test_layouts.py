@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, Any]] = {
     "pipeline x zero1": (4, {"pipeline": {**PIPELINE, "outputs": "last"}, "zero1": {"minimum_size": 0}}),
     "pipeline x zero2": (4, {"pipeline": PIPELINE, "zero2": {"minimum_size": 0}}),
     "pipeline x zero3": (4, {"pipeline": PIPELINE, "zero3": {"minimum_size": 0}}),
-    "pipeline x tensor": (4, {"pipeline": PIPELINE, "tensor": TENSOR}),
+    "pipeline x tensor": (4, {"pipeline": {**PIPELINE, "outputs": "last"}, "tensor": TENSOR}),
     "3d with ddp": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "ddp": {}}),
     "3d with zero1": (8, {"pipeline": PIPELINE, "tensor": TENSOR, "zero1": {"minimum_size": 0}}),
     "3d with zero3": (8, {"pipeline": PIPELINE, "tensor": DIVIDED, "zero3": {"minimum_size": 0}}),

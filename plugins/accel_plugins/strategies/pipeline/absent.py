@@ -99,11 +99,11 @@ def absent_parameter(parameter: Tensor, name: str) -> AbsentParameter:
     return made
 
 
-def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent] = Absent) -> Any:
-    """What an operation on absent tensors makes: absent tensors of this kind, or what needs no values."""
+def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent] = Absent, fresh: bool = True) -> Any:
+    """What an operation on absent tensors makes: absent tensors of this kind, or, if `fresh`, what needs no values."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Dispatched)]
     device, origin = given[0]._device, given[0].origin
-    if function.overloadpacket in FRESH:
+    if fresh and function.overloadpacket in FRESH:
         like = torch.empty((), dtype=args[0].dtype, device=device).expand(args[0].shape)
         return function(like, *args[1:], **kwargs)
     _refuse_writes(function, args, kwargs, given[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accel.errors import PrepareError
 from accel.runtime.divided.tensor import whole_of
+from accel.runtime.example import is_tried_out
 from accel.runtime.nested import map_tensors, tensors
 
 from .absent import Absent
@@ -170,7 +171,8 @@ class Flight:
 
     def _stays(self, output: Tensor) -> bool:
         """Whether only the last stage gets an output while training: numbers go to all."""
-        return self.model.options.outputs == "last" and output.numel() > 1
+        last = self.model.options.outputs == "last" and not is_tried_out(self.model.model)
+        return last and output.numel() > 1
 
     def _with_those_that_stay(self, stays: Sequence[Any], sent: Sequence[Tensor]) -> list[Tensor]:
         """All outputs, as far as this process has them."""

@@ -85,6 +85,10 @@ class Awaited(Absent):
                 if isinstance(tensor, Awaited):
                     tensor._heirs = (*tensor._heirs, weakref.ref(self))
 
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        _let_gradient_be_absent(self)
+        super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _known(self) -> Tensor:
         if self.value is None:
             raise PrepareError(f"pipeline: the value of {self.missing}, is not known here. {self.hint}")
@@ -109,6 +113,25 @@ class Awaited(Absent):
 
     def tolist(self) -> Any:
         return self._known().tolist()
+
+
+class _Gradient(Awaited):
+    """A gradient that nobody asks for: all that is made of it, and of tensors that are here besides, is absent too."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return compute(function, args, kwargs or {}, cls, fresh=False)
+
+
+def _let_gradient_be_absent(loss: Awaited) -> None:
+    """Torch takes this tensor to be on the meta device, and its gradient there, where it meets no masks and weights."""
+
+    def stand_in(gradient: Tensor) -> Tensor:
+        return _Gradient.made(torch.empty_like(gradient, device="meta"), loss.device, "a gradient")
+
+    loss.register_hook(stand_in)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -140,6 +163,7 @@ def tell_loss(loss: Tensor, wire: Wire) -> None:
     """Let all stages know what the loss is on the last one; all processes along the pipeline."""
     if isinstance(loss, Awaited):
         _check_unmixed(loss)
+        _let_gradient_be_absent(loss)
     if loss.numel() != 1:
         return
     last = wire.group.size() - 1
