@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import Config
 from ..errors import PrepareError
@@ -17,6 +18,7 @@ from .gradients import ExplicitWindow
 from .loader import PreparedLoader
 from .model import ModelPart, model_part
 from .optimizer import OptimizerPart
+from .penalties import penalties
 from .process import Process
 
 
@@ -98,14 +100,16 @@ class Backward(Process):
             )
         for strategy in self.strategies:
             strategy.complete_loss(loss)
-        factor = self._loss_factor()
+        weight = self._active[-1].weight if self._active else 1.0
+        factor = self._loss_factor() * (1.0 if isinstance(loss, DTensor) else weight)
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         self._closing = self._closes()
         for part in self._models:
             part.check_filled()
         exchanges = [self._exchanges(part) for part in self._models]
         scaled = self._before_backward(scaled, exchanges)
-        scaled.backward(**options)  # type: ignore[no-untyped-call]
+        with penalties(scaled, weight):
+            scaled.backward(**options)  # type: ignore[no-untyped-call]
         self._after_backward(exchanges)
         self._mark_gradients()
 
@@ -140,13 +144,12 @@ class Backward(Process):
         return bool(placing(self.strategies))
 
     def _loss_factor(self) -> float:
-        """Divides by the window's micro-batches, and weighs this process's share of an uneven batch."""
-        weight = self._active[-1].weight if self._active else 1.0
+        """Divides by the window's micro-batches."""
         if self._window.length == 1:
-            return weight
+            return 1.0
         if self._window.inside:
-            return weight / self._window.planned
-        return weight / max((part.planned for part in self._optimizers), default=1)
+            return 1.0 / self._window.planned
+        return 1.0 / max((part.planned for part in self._optimizers), default=1)
 
     def _require_prepared(self) -> None:
         """Raise PrepareError if nobody would exchange these gradients, or undo what is done to the loss."""

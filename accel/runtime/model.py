@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from ..interfaces.strategy import Strategy
 from .adopt import Adopted, Part, adopt, part_of
 from .deferred import Filling
 from .gradients import Arrivals
-from .shards import accept_whole_model_states, divide_state, refuse_parts_as_numbers, whole_tensor
+from .handling import mind_divided_tensors
+from .references import View, refuse_parameter, refuse_view, views_of_parameters
+from .shards import accept_whole_model_states, divide_state, whole_tensor
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -40,23 +42,34 @@ class ModelPart(Part):
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
         self.precision.convert(model)
         before = dict(model.named_parameters(remove_duplicate=False))
+        views = views_of_parameters(list(model.modules()))
         for strategy in self.strategies:
             if not strategy.takes_empty:
                 self.unfilled |= filling.fill(device)
             strategy.setup(model)
         self.unfilled |= filling.fill(device)
         accept_whole_model_states(model)
-        refuse_parts_as_numbers()
+        mind_divided_tensors()
         after = dict(model.named_parameters(remove_duplicate=False))
         self._originals = list(before.values())  # alive, so that their ids stay theirs
         self.replaced = {id(old): after[name] for name, old in before.items()}
         self.owned = {id(parameter) for parameter in after.values()}
+        self._refuse_old(before, views)
         if self.unfilled:
             model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
                 lambda module, keys: self.filled_but(keys.missing_keys)
             )
         if watch:
             self.arrivals.watch(model.parameters())
+
+    def _refuse_old(self, before: Mapping[str, nn.Parameter], views: Iterable[View]) -> None:
+        """Refuse what is left of the parameters that strategies have replaced."""
+        for view in views:
+            if self.replaced[id(view.parameter)] is not view.parameter:
+                refuse_view(view)
+        for name, parameter in before.items():
+            if self.replaced[id(parameter)] is not parameter:
+                refuse_parameter(parameter, name)
 
     def filled_but(self, missing: Iterable[str]) -> None:
         """Weights were loaded, for all parameters but these."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from ..errors import CheckpointError, PrepareError
+from ..errors import CheckpointError
 
 STEP = "step"
 """Under this name torch's optimizers count their steps: a scalar, also where the parameter is one."""
@@ -96,6 +96,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, plain; all ranks."""
     if not isinstance(tensor, DTensor):
         return tensor
+    if not tensor.numel():  # torch gathers none in which a dim after the first is 0
+        return held_part(tensor).new_empty(tensor.shape)
     if tensor.is_floating_point() and tensor.itemsize == 1:  # float8, of which backends have not heard
         sent: Any = like_part(held_part(tensor).view(torch.uint8), tensor)
         return whole_tensor(sent).view(tensor.dtype)
@@ -113,25 +115,6 @@ def accept_whole_model_states(model: nn.Module) -> None:
         if any(isinstance(parameter, DTensor | Elsewhere) for parameter in module.parameters(recurse=False)):
             module.register_load_state_dict_pre_hook(_divide_model_state)  # type: ignore[no-untyped-call]
             module.register_state_dict_post_hook(_guard_model_state)  # type: ignore[no-untyped-call]
-
-
-def refuse_parts_as_numbers() -> None:
-    """Let `item`, `float`, `int` and `bool` of a number of which each process has a share refuse, whatever made it.
-
-    torch gives this process's share, as of `parameter.norm().item()`, which nobody would notice. To put the shares
-    together takes all processes, and a loop may ask on one of them alone.
-    """
-    DTensor._op_dispatcher._custom_op_handlers[torch.ops.aten._local_scalar_dense.default] = _number
-
-
-def _number(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensor: DTensor = args[0]
-    if not all(placement.is_replicate() for placement in tensor.placements):
-        raise PrepareError(
-            "item(): each process has only its share of this number, as the model is divided among them; for the whole "
-            "all ranks call .full_tensor().item()"
-        )
-    return tensor._local_tensor.item()
 
 
 def accept_whole_optimizer_states(optimizer: Optimizer) -> None:

@@ -107,7 +107,7 @@ class Training(Backward):
 
         All ranks. In the middle of an accumulation window nothing is scaled, since the gradient is not whole yet.
         """
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        parameters = self._current(parameters)
         if self._must_watch:
             self._end_passes(self._owners({id(parameter) for parameter in parameters}))
         limit = max_norm if self._finish_gradients(parameters) else float("inf")
@@ -117,9 +117,14 @@ class Training(Backward):
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clamp each element of the gradients to [-clip_value, clip_value]; not in the middle of a window."""
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        parameters = self._current(parameters)
         if self._finish_gradients(parameters):
             nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def _current(self, parameters: Any) -> list[Tensor]:
+        """The parameters that train now, of those given, which may be from before `prepare`."""
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        return [self._replaced.get(id(parameter), parameter) for parameter in given]
 
     def unscale_gradients(self, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> None:
         """Make gradients plain again where losses are scaled; `clip_grad_norm_` does this by itself."""

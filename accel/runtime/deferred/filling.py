@@ -70,7 +70,8 @@ class Filling:
         for name, value in values.items():
             if value is not None and name not in loaded:
                 self._put(name, value, device)
-        return {name for name, value in values.items() if value is None and name not in loaded}
+        unknown = (name for name, value in values.items() if value is None and name not in loaded)
+        return {name for name in unknown if self.model.get_parameter(name).numel()}
 
     @torch.no_grad()
     def _put(self, name: str, value: View, device: torch.device) -> None:

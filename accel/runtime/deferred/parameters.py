@@ -34,7 +34,7 @@ def _become(old: nn.Parameter, new: nn.Parameter | None) -> nn.Parameter | None:
     if new is None:
         return None
     new.__dict__.update(old.__dict__)
-    if weakref.getweakrefs(old) or isinstance(old, DTensor):  # torch cannot swap these
-        return new
+    if weakref.getweakrefs(old) or isinstance(old, DTensor) or old._use_count() > 1:  # type: ignore[attr-defined]
+        return new  # torch cannot swap these, of which the last are in a graph
     torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     return None

@@ -20,9 +20,11 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..references import ReplacedView, refuse_view, views_of_parameters
 from .operations import SMALL, Memory, Operation, View, blank, pages, reader
 from .parameters import replace_parameters
 
@@ -56,6 +58,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
         modules = {id(inner): inner for module in self._modules.values() for inner in module.modules()}
+        for view in views_of_parameters(list(modules.values())):
+            refuse_view(view)
         for module in modules.values():
             for tensors in (module._buffers, module.__dict__):
                 self._fill(tensors)
@@ -165,7 +169,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return view if isinstance(view, View) else None
 
     def _memory_of(self, tensor: Tensor) -> Memory | None:
-        return self._memories.get(_key(tensor)) if tensor.layout is torch.strided else None
+        if tensor.layout is not torch.strided or is_lazy(tensor):
+            return None
+        return self._memories.get(_key(tensor))
 
     def _is_hollow(self, tensor: Tensor) -> bool:
         memory = self._memory_of(tensor)
@@ -181,9 +187,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._waiting = [p for p in (*self._waiting, parameter) if not self._emptied(p)]
 
     def _emptied(self, parameter: nn.Parameter) -> bool:
-        memory, storage = self._memory_of(parameter), parameter.untyped_storage()
+        memory = self._memory_of(parameter)
         if memory is None or memory.hollow or memory.size < SMALL or not _is_plain(parameter):
             return True  # or not to be emptied
+        storage = parameter.untyped_storage()
         if torch._C._storage_Use_Count(storage._cdata) > 2:  # the parameter, and `storage`
             return False
         memory.hollow = True
@@ -207,7 +214,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _fill(self, tensors: dict[str, Any]) -> None:
         """Give those without memory, which were computed from parameters, their values."""
         for name, tensor in tensors.items():
-            if isinstance(tensor, Tensor) and self._is_hollow(tensor):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, ReplacedView) and self._is_hollow(tensor):
                 tensors[name] = self._value_of(tensor)
 
     def _on_meta(self, parameter: nn.Parameter) -> nn.Parameter | None:

@@ -64,6 +64,10 @@ def _module_faults(model: nn.Module) -> Iterator[str]:
             yield f"{place} is a torch.jit script, whose parameters cannot be divided; prepare what it was made from"
         if isinstance(module, DistributedDataParallel):
             yield f"{place} is wrapped in DistributedDataParallel; leave that to prepare()"
+        if packed := [key for key, value in vars(module).items() if isinstance(value, torch.ScriptObject)]:
+            yield f"{place} keeps packed weights ({packed[0]}), which cannot be sent to other processes; quantize later"
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            yield f"{place} has max_norm, which changes its weight in forward, where that is a copy; scale its output"
         if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             yield f"{place} makes sparse gradients, which cannot be divided; give it sparse=False"
 

@@ -99,7 +99,7 @@ class ShardedModel:
     def reshard(self) -> None:
         """Free gathered parameters: the next forward must see what the optimizer made of them."""
         if self.exchange is not None:
-            self.groups.reshard()
+            self.groups.stepped()
 
     def forget_gradients(self, parameters: Collection[nn.Parameter]) -> None:
         """Drop what was added up for these parameters and not exchanged."""

@@ -55,12 +55,20 @@ class Entries:
 
     def explain_forward(self, setting: str) -> None:
         """Let forward say what to do if it meets a divided parameter."""
-        advice = (
+        inside = (
             "forward(): uses a block's parameters other than by calling the block, as block.weight or block.forward() "
             f"do, and this process holds only a part of them; call the block, or set {setting} to modules that are "
             "only called"
         )
-        self._replace("forward", functools.partial(_explain, advice))
+        outside = (
+            "forward(): was called past the hooks that gather the model's parameters; call the model itself, and let "
+            "its class's own __call__, if it has one, call super().__call__"
+        )
+
+        def explain(method: Any, *args: Any, **kwargs: Any) -> Any:
+            return _explain(inside if self._depth else outside, method, *args, **kwargs)
+
+        self._replace("forward", explain)
 
     def _replace(self, name: str, caller: Callable[..., Any]) -> None:
         method = getattr(self.model, name)

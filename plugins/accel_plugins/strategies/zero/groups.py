@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from accel.errors import PrepareError
 
 from .scalars import Places, narrow, repeat_gradient
+from .watch import Watch
 
 _AUTOCAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 """Layers whose parameters autocast converts to the type that it computes in, and that do nothing else with them."""
@@ -43,6 +44,7 @@ class Groups:
         for parameter in self.parameters():
             narrow(parameter, scalars)
         self._hidden: set[Any] = set()
+        self._watches = {group: Watch(group) for group in self.all}
         for group in self.all:
             group.pre_forward = functools.partial(self._shown, group, group.pre_forward)
             group.pre_backward = functools.partial(self._shown, group, group.pre_backward)
@@ -78,6 +80,8 @@ class Groups:
     def _shown(self, group: Any, inner: Callable[..., Any], *args: Any) -> Any:
         """Let a module compute with gathered parameters that `hide` had hidden."""
         _check_own(group)
+        if self._watches[group].outdated:
+            group._to_sharded()
         if group in self._hidden:
             self._hidden.discard(group)
             if group.is_unsharded:
@@ -111,6 +115,12 @@ class Groups:
         if self.idle:
             self.hide()
 
+    def stepped(self) -> None:
+        """Free all gathered parameters, which an optimizer has changed."""
+        self.reshard()
+        for watch in self._watches.values():
+            watch.compares = False
+
     @property
     def idle(self) -> bool:
         """Whether neither forward nor backward is under way in the outermost module."""
@@ -132,15 +142,21 @@ class Groups:
         self.root._state_ctx.iter_forward_root = None
         self.root._comm_ctx.all_gather_state = None
         self.root._comm_ctx.post_forward_order.clear()
-        self.reshard()
+        for watch in self._watches.values():
+            watch.free()
 
 
 def _check_own(group: Any) -> None:
-    """Raise PrepareError if modules have other parameters than those of which torch knows: it would put its own back.
+    """Raise PrepareError if modules have other parameters than those of which torch knows, or of another type.
 
-    `torch.func.functional_call` is such a case, and assigning a new parameter to an attribute.
+    Torch would put its own back. `torch.func.functional_call` is such a case, and assigning a new parameter.
     """
     for parameter in group.fsdp_params:
+        if parameter.sharded_param.dtype != parameter.orig_dtype:
+            raise PrepareError(
+                f"forward: parameter {parameter._param_fqn!r} became {parameter.sharded_param.dtype} after prepare(); "
+                "convert the model before it, or set mixed_precision"
+            )
         info = parameter._module_info
         found = info.module._parameters.get(info.param_name)
         if found is not parameter.sharded_param and found is not getattr(parameter, "_unsharded_param", None):

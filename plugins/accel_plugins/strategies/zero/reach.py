@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed import ProcessGroup
 
+from accel.runtime.graph import nodes_of
+
 from .groups import Groups, whole_gradient
 
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
@@ -37,7 +39,7 @@ def reach_of(loss: Tensor | None, groups: Groups, calls: list[int], group: Proce
     used = set[int]()
     leaves = {id(p._unsharded_param): p for p in groups.parameters() if hasattr(p, "_unsharded_param")}
     places = {id(g): place for place, g in enumerate(groups.all)}
-    for node in () if loss is None else _nodes(loss):
+    for node in () if loss is None else nodes_of(loss):
         if (place := places.get(id(getattr(node, "param_group", None)))) is not None:
             heard[place] += 1
         elif (parameter := leaves.get(id(getattr(node, "variable", None)))) is not None:
@@ -92,18 +94,3 @@ def _agree(facts: list[int], bits: list[int], reached: bool, group: ProcessGroup
     largest = found[1 + len(bits) :]
     alike = all(a == -b for a, b in zip(largest[: len(facts)], largest[len(facts) :], strict=True))
     return Reach(anywhere=bool(found[0]), alike=alike, used=[bool(bit) for bit in found[1 : 1 + len(bits)]])
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """All nodes of the graph of a loss."""
-    waiting = [loss.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        yield node
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)

@@ -1,0 +1,78 @@
+"""Losses with a part that comes from divided parameters themselves, such as an L2 penalty.
+
+Torch makes a DTensor of whatever such a parameter takes part in, the loss too, and so of the gradient that flows back
+into the rest of the loss, which is plain and knows no DTensors. There the gradient has to be plain again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..errors import PrepareError
+from .graph import nodes_of
+
+
+@contextmanager
+def penalties(loss: Tensor, weight: float) -> Iterator[None]:
+    """Let a backward pass from `loss` go on from divided tensors to plain ones; all ranks.
+
+    `weight` is what this process's samples count in the mean over processes. Gradients of divided parameters are not
+    averaged: a plain loss was multiplied by it, which is undone for them; of a DTensor only what is plain is. Raises
+    PrepareError where the two cannot be told apart.
+    """
+    hooks = []
+    if isinstance(loss, DTensor):
+        hooks = [node.register_prehook(functools.partial(_plain, weight)) for node in _borders(loss)]
+    elif weight != 1.0:
+        hooks = [leaf.register_prehook(functools.partial(_unweigh, weight)) for leaf in _divided_leaves(loss)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _divided_leaves(loss: Tensor) -> list[Any]:
+    """The nodes through which a loss gives divided parameters their gradients."""
+    return [node for node in nodes_of(loss) if isinstance(getattr(node, "variable", None), DTensor)]
+
+
+def _borders(loss: Tensor) -> list[Any]:
+    """The nodes of plain tensors that were used together with divided ones."""
+    users: dict[Any, set[Any]] = defaultdict(set)
+    for node in nodes_of(loss):
+        for following, _ in node.next_functions:
+            users[following].add(node)
+    divided = {loss.grad_fn}
+    waiting = [*_divided_leaves(loss), *(node for node in users if node and node.name() == "_FromTorchTensorBackward")]
+    while waiting:
+        node = waiting.pop()
+        divided.add(node)
+        waiting += (user for user in users[node] if user not in divided and user.name() != "_ToTorchTensorBackward")
+    borders = [node for node, by in users.items() if node and node not in divided and not by.isdisjoint(divided)]
+    if not all(users[node] <= divided for node in borders):
+        raise PrepareError(
+            "backward: a part of this loss is used both together with divided parameters and without them; add what "
+            "comes from the parameters themselves, such as a penalty, last"
+        )
+    return borders
+
+
+def _plain(weight: float, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(g.full_tensor() * weight if isinstance(g, DTensor) else g for g in gradients)
+
+
+def _unweigh(weight: float, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not weight:
+        raise PrepareError(
+            "backward: this process has no samples of the last batch, whose loss counts nothing, and with it a part "
+            "that comes from divided parameters; leave out full_tensor(), or drop the last batch"
+        )
+    return tuple(g if g is None else g / weight for g in gradients)
