@@ -96,24 +96,28 @@ def _shards(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
 
 
 def _file(name: str, entries: Sequence[Entry]) -> File:
-    """Tensors of whole pages come first, the roundest of the others next: each begins where its size allows it.
-
-    So its bytes are aligned to its elements, and one small tensor shifts none of the large ones.
-    """
-    ordered = sorted(entries, key=lambda entry: -math.gcd(_size(entry), PAGE))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in ordered:
-        start, end = end, end + _size(entry)
-        code = DTYPES[entry.dtype][0]
-        header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, end]}
+    starts, end = _starts(entries)
+    for entry in entries:
+        start, code = starts[entry.name], DTYPES[entry.dtype][0]
+        header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, start + _size(entry)]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     head = len(text).to_bytes(8, "little") + text
-    places = tuple(
-        Place(entry, name, len(head) + header[entry.name]["data_offsets"][0], _size(entry)) for entry in ordered
-    )
+    places = tuple(Place(entry, name, len(head) + starts[entry.name], _size(entry)) for entry in entries)
     return File(name, head, len(head) + end, places)
+
+
+def _starts(entries: Sequence[Entry]) -> tuple[dict[str, int], int]:
+    """Where each tensor begins, and where the last one ends: those of whole pages first, then the roundest of others.
+
+    So each begins where its size allows it, its bytes are aligned to its elements, and a small one shifts no large one.
+    """
+    starts, end = {}, 0
+    for entry in sorted(entries, key=lambda entry: -math.gcd(_size(entry), PAGE)):
+        starts[entry.name] = end
+        end += _size(entry)
+    return starts, end
 
 
 def _index(group: str, files: Sequence[File]) -> File:

@@ -85,6 +85,7 @@ def test_elements_are_aligned(format: Checkpoint) -> None:
     offsets = {place.entry.name: place.offset for place in file.places}
     assert offsets["none"] % 4096 == offsets["large"] % 4096 == offsets["wide"] % 16 == offsets["odd"] % 8 == 0
     assert offsets["step"] % 4 == 0
+    assert list(offsets) == [entry.name for entry in entries]
 
 
 def test_large_groups_are_cut_as_hugging_face_does(format: Checkpoint, tmp_path: Path) -> None:
