@@ -5,11 +5,14 @@
 
 The state is a model's weights and Adam's two moments. Ours is divided by zero3, as is that of torch's distributed
 checkpoint; torch.save and Accelerate write a whole one from the first process. Rows take turns, round after round, so
-that what the machine does to one it does to all; shown are medians, and ratios of medians. Every save is
-on disk before its time ends. Loads are measured twice: from the disk, after the page cache was told to forget the
-files, and from the page cache, after they were read once. Ours, Accelerate's and torch.load's go into memory in use.
-`copy` is of the state, within memory; loads are compared with the raw read and that copy. Peers that are not installed
-are left out.
+that what the machine does to one it does to all; shown are medians, and ratios of medians. A row lasts from when the
+first process begins to when the last one ends.
+
+Every save replaces the one before, as `dd` replaces its file, and is on disk before its time ends. Loads are into
+models and optimizers that have been trained, from the disk, after the page cache was told to forget the files, and from
+the page cache, as those loads have left them there. They are compared with the raw read and the copy: all processes at
+once, each in one thread, read their shares of the bytes of our checkpoint into one small buffer, and copy what they
+hold of the state to other memory. Peers that are not installed are left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checkpoint folders on disk: bytes, manifests, names. Needs no torch, so that the command line can use it too."""
 
-from .checked import CheckedReader
+from .checked import LATER, NOW, CheckedReader
 from .commit import aside, commit, commit_files, discard, open_aside, remove
 from .disk import CHUNK, Geometry, Range, Reader, Writer, checksum
 from .folders import FOLDER, complete, find, named, newest_first, next_folder, parse_size, rotate
@@ -10,7 +10,9 @@ from .merge import merge
 __all__ = [
     "CHUNK",
     "FOLDER",
+    "LATER",
     "MANIFEST",
+    "NOW",
     "CheckedReader",
     "Geometry",
     "Manifest",

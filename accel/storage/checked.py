@@ -1,8 +1,8 @@
 """Reading what is wanted of a checkpoint, and checking it on the way.
 
 Memory that is empty is filled while its bytes are checked. Memory in use must not be touched before all is known to be
-whole: its bytes are checked first, where the page cache has them, and then read. A second memory to put them aside
-would cost more: to be given memory by the system takes longer than to read into it.
+whole: its bytes are checked first, in the page cache, which the processes of a machine share, and then read. A second
+memory to put them aside would cost more: to be given memory by the system takes longer than to read into it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from .disk import CHUNK, Geometry, Range, Reader
 from .files import naming
 from .manifest import Problem, check
+
+T = TypeVar("T")
+
+LATER, NOW = 1, 2
+"""When a range is checked that is wanted: before memory in use is filled, or while empty memory is."""
 
 THREADS = 2
 """Readers of one process: while one waits for the disk, another adds up a checksum."""
@@ -47,7 +53,7 @@ class CheckedReader:
     def __init__(self, folder: Path, ranges: Sequence[Range]) -> None:
         self.folder, self.ranges = folder, ranges
         self.checks = bytearray(len(ranges))
-        """For each range, 1 if what is wanted touches it."""
+        """For each range NOW if it is checked while empty memory is filled, else LATER if it is wanted, else 0."""
 
         self._steps: list[Step] = []
         self._stamps: dict[str, tuple[int, ...]] = {}
@@ -67,20 +73,23 @@ class CheckedReader:
         else:
             self._want_stretch(file, geometry, memory, used)
 
-    def read(self, others: Iterable[int] = ()) -> list[Problem]:
-        """Check what is wanted and the ranges of these numbers, fill what is not in use; returns what is damaged.
+    def share(self, numbers: Iterable[int], index: int, count: int) -> list[int]:
+        """One of several consecutive stretches of the ranges of these numbers, of about as many bytes each."""
+        return _stretches(list(numbers), lambda i: self.ranges[i], count)[index]
+
+    def read(self, numbers: Iterable[int]) -> list[Problem]:
+        """Fill what is not in use and check it, and the ranges of these numbers; returns what is damaged.
 
         Raises CheckpointError if a file cannot be read or ends too early where no checksum is known.
         """
         self._stamps = {file: self._stamp(file) for file in {step.range.file for step in self._steps}}
-        now = [step for step in self._steps if step.range.checksum or not step.used]
-        first = [replace(step, memory=None) if step.used else step for step in now]
-        return self._run([*first, *(Step(self.ranges[i]) for i in others)])
+        return self._run([*(step for step in self._steps if not step.used), *(Step(self.ranges[i]) for i in numbers)])
 
     def replace(self) -> list[Problem]:
         """Fill what is in use; returns which files have changed since `read`. If before this, nothing is filled.
 
-        Raises CheckpointError if a file cannot be read, after which memory is half filled.
+        It is for the caller to have had the ranges checked that are marked LATER. Raises CheckpointError if a file
+        cannot be read, after which memory is half filled.
         """
         if changed := self._changed():
             return changed
@@ -98,7 +107,8 @@ class CheckedReader:
 
     def _run(self, steps: Sequence[Step]) -> list[Problem]:
         with ThreadPoolExecutor(THREADS) as pool:
-            return [problem for found in pool.map(self._carry_out, _shares(steps, THREADS)) for problem in found]
+            shares = _stretches(steps, lambda step: step.range, THREADS)
+            return [problem for found in pool.map(self._carry_out, shares) for problem in found]
 
     def _carry_out(self, steps: Sequence[Step]) -> list[Problem]:
         """In one thread, with open files of its own: the system reads ahead for each of them."""
@@ -125,7 +135,7 @@ class CheckedReader:
             self._steps.append(Step(_unchecked(file, Geometry(offset + begin, len(part))), part, used=used))
 
     def _touch(self, i: int, memory: memoryview, skip: int | None = None, used: bool = False) -> None:
-        self.checks[i] = 1
+        self.checks[i] = max(self.checks[i], LATER if used else NOW)
         self._steps.append(Step(self.ranges[i], memory, skip, used))
 
 
@@ -141,17 +151,17 @@ def _carry_out(step: Step, reader: Reader) -> Problem | None:
     return problem
 
 
-def _shares(steps: Sequence[Step], count: int) -> list[list[Step]]:
-    """Consecutive stretches of about as many bytes: what is read ahead is read by who will need it.
+def _stretches(items: Sequence[T], range_of: Callable[[T], Range], count: int) -> list[list[T]]:
+    """Consecutive stretches of about as many bytes: what the system reads ahead is read by who will need it.
 
     The system then keeps it in large pieces, too, which all who read it later are faster with.
     """
-    shares: list[list[Step]] = [[] for _ in range(count)]
-    total, before = sum(step.range.total for step in steps), 0
-    for step in sorted(steps, key=lambda step: (step.range.file, step.range.offset)):
-        shares[min(before * count // max(total, 1), count - 1)].append(step)
-        before += step.range.total
-    return shares
+    found: list[list[T]] = [[] for _ in range(count)]
+    total, before = sum(range_of(item).total for item in items), 0
+    for item in sorted(items, key=lambda item: (range_of(item).file, range_of(item).offset)):
+        found[min(before * count // max(total, 1), count - 1)].append(item)
+        before += range_of(item).total
+    return found
 
 
 def _geometry(r: Range) -> Geometry:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from accel.errors import CheckpointError
-from accel.storage import CheckedReader, Geometry, Range, Writer
+from accel.storage import LATER, NOW, CheckedReader, Geometry, Range, Writer
 
 SIZE = 1000
 
@@ -49,11 +49,11 @@ def test_what_is_wanted_arrives_and_damage_is_told(tmp_path: Path, seed: int) ->
     reader, wishes = CheckedReader(tmp_path, ranges), wanted(draw)
     for shape, memory, used in wishes:
         reader.want("f", shape, memoryview(memory), used)
-    others = [i for i, mark in enumerate(reader.checks) if not mark]
-    assert list(reader.read(others)) == []
+    others = [i for i, mark in enumerate(reader.checks) if mark != NOW]
+    assert reader.read(others) == []
     for shape, memory, used in wishes:
         assert memory == (b"?" * shape.total if used else taken(data, shape))
-    assert list(reader.replace()) == []
+    assert reader.replace() == []
     assert all(memory == taken(data, shape) for shape, memory, _ in wishes)
     for place in draw.sample(range(SIZE), 10):
         struck = [r for r in ranges if any(run <= place < run + r.size for run in r.runs())]
@@ -81,10 +81,22 @@ def test_each_byte_is_read_once_unless_its_memory_is_in_use(tmp_path: Path, monk
     reader = CheckedReader(tmp_path, ranges)
     reader.want("f", Geometry(0, 500), memoryview(bytearray(500)), used=False)
     reader.want("f", Geometry(500, 300), memoryview(bytearray(300)), used=True)
-    assert list(reader.read()) == []
+    assert reader.read([i for i, mark in enumerate(reader.checks) if mark == LATER]) == []
     assert count == [800]
-    assert list(reader.replace()) == []
+    assert reader.replace() == []
     assert count == [1100]
+
+
+def test_shares_are_consecutive_and_even(tmp_path: Path) -> None:
+    ranges = [Range(offset, 10, file=file) for offset in range(0, 1000, 10) for file in ("b", "a")]
+    reader = CheckedReader(tmp_path, ranges)
+    shares = [reader.share(range(len(ranges)), index, 3) for index in range(3)]
+    assert sorted(i for share in shares for i in share) == list(range(len(ranges)))
+    assert [(ranges[i].file, ranges[i].offset) for share in shares for i in share] == sorted(
+        (r.file, r.offset) for r in ranges
+    )
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert reader.share([], 0, 3) == []
 
 
 def test_files_that_change_before_memory_in_use_is_filled(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ def test_files_that_change_before_memory_in_use_is_filled(tmp_path: Path) -> Non
         other.write_bytes(data)
         memory, reader = bytearray(100), CheckedReader(tmp_path, ranges)
         reader.want("f", Geometry(10, 100), memoryview(memory), used=True)
-        assert reader.read() == []
+        assert reader.read(range(len(ranges))) == []
         change()
         assert [str(problem) for problem in reader.replace()] == ["f: has been changed while it was read"]
         assert memory == bytearray(100)
@@ -105,13 +117,13 @@ def test_files_that_change_before_memory_in_use_is_filled(tmp_path: Path) -> Non
 def test_files_that_end_or_are_gone(tmp_path: Path) -> None:
     data, ranges = written(tmp_path, random.Random(0))
     os.truncate(tmp_path / "f", 990)
-    found = list(CheckedReader(tmp_path, ranges).read(range(len(ranges))))
+    found = CheckedReader(tmp_path, ranges).read(range(len(ranges)))
     assert [problem.reason for problem in found] == ["ends too early"]
     reader = CheckedReader(tmp_path, ranges[:1])
     reader.want("f", Geometry(980, 20), memoryview(bytearray(20)), used=False)
     with pytest.raises(CheckpointError, match="f: damaged: ends at byte 990"):
-        list(reader.read())
+        reader.read([])
     (tmp_path / "f").unlink()
     with pytest.raises(CheckpointError, match="f: cannot be read: No such file"):
-        list(reader.read())
+        reader.read([])
     assert len(data) == SIZE

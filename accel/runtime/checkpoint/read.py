@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, DamagedError
 from ...interfaces import Entry, Place
-from ...storage import CheckedReader, Geometry, Problem, Range, Reader
+from ...storage import LATER, CheckedReader, Geometry, Problem, Range, Reader
 from .exchange import Exchange
 from .memory import fresh
 from .parts import Box, as_bytes, geometries, item_size
@@ -31,8 +31,8 @@ class Parts:
     def __init__(self, folder: Path, ranges: Sequence[Range] = ()) -> None:
         self.folder = folder
         self._reader = CheckedReader(folder, ranges)
-        self._asked: list[bytes] = []
-        """For each rank, which ranges it will check."""
+        self._asked: list[tuple[int, bytes]] = []
+        """For each rank its machine, by the first rank there, and what it knows of each range's check."""
 
     def part(self, place: Place, box: Box, local: Tensor | None) -> Tensor:
         """A part of a tensor as it was saved, on the CPU: `local` itself after `replace`, if it can hold it.
@@ -55,18 +55,29 @@ class Parts:
 
     def ask(self, plan: Callable[[], T], exchange: Exchange) -> T:
         """Let each rank plan, which asks for its parts, and return its own result; all ranks."""
-        result, self._asked = exchange.tell(plan, lambda _: bytes(self._reader.checks))
+        machine = exchange.world.rank - exchange.world.local_rank
+        result, self._asked = exchange.tell(plan, lambda _: (machine, bytes(self._reader.checks)))
         return result
 
     def fill(self, exchange: Exchange) -> None:
-        """Read and check the parts, and share the work of checking what no process wants; all ranks, after `ask`.
+        """Read and check the parts; all ranks, after `ask`.
 
-        Raises DamagedError on all ranks, naming the file and the tensor, and then nothing in use has changed.
+        Of what goes into memory in use, and of what no process wants, each checks a share. Raises DamagedError on all
+        ranks, naming the file and the tensor, and then nothing in use has changed.
         """
-        others = [i for i, marks in enumerate(zip(*self._asked, strict=True)) if not any(marks)]
-        mine = others[exchange.world.rank :: exchange.world.size]
+        mine = self._checks_of(exchange.world.rank)
         found = exchange.together(lambda: self._reader.read(mine)[:1], DamagedError)
         self._raise_for(problem for some in found for problem in some)
+
+    def _checks_of(self, rank: int) -> list[int]:
+        """The ranges that a rank checks for others too: for those of its machine, and of what nobody wants."""
+        machines = [machine for machine, _ in self._asked]
+        here = [other for other, machine in enumerate(machines) if machine == machines[rank]]
+        marks = list(zip(*(checks for _, checks in self._asked), strict=True))
+        later = [i for i, of in enumerate(marks) if LATER in (of[other] for other in here)]
+        others = [i for i, of in enumerate(marks) if not any(of)]
+        share = self._reader.share
+        return share(later, here.index(rank), len(here)) + share(others, rank, len(machines))
 
     def replace(self) -> None:
         """Read what goes into memory in use; raises DamagedError if files have changed since `fill`.
