@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -61,7 +62,10 @@ def example_inputs(model: nn.Module, given: Mapping[str, Any], setting: str) -> 
 
 @contextlib.contextmanager
 def tried_out(model: nn.Module) -> Iterator[None]:
-    """Inside, a model may be run in any mode; after it, modes, buffers and random numbers are as they were."""
+    """Inside, a model may be run in any mode; after it, modes, buffers and random numbers are as they were.
+
+    What is compiled runs as it is written: watched by a mode, torch would give it up for good.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = [(owner._buffers, name, value) for owner in modes for name, value in owner._buffers.items()]
     copies = [None if value is None else value.clone() for _, _, value in buffers]
@@ -69,7 +73,7 @@ def tried_out(model: nn.Module) -> Iterator[None]:
     _trials.append(model)
     devices = [] if device.type in ("cpu", "meta") else [device]
     try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), _uncompiled():
             yield
     finally:
         _trials.remove(model)
@@ -79,6 +83,13 @@ def tried_out(model: nn.Module) -> Iterator[None]:
             place[name] = value
             if value is not None and copy is not None:
                 value.detach().copy_(copy)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and asking would cost its import
+        return contextlib.nullcontext()
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def is_tried_out(model: nn.Module) -> bool:

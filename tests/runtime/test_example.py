@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.errors import ConfigError, PrepareError
 from accel.runtime.example import example_inputs, tried_out
@@ -102,3 +103,18 @@ def test_refusals_name_the_model_and_the_option():
 def test_what_describes_no_tensor_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"^example\.x: expected a tensor as in"):
         example_inputs(Fixed(), {"x": wrong}, "example")
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_compiled_block_runs_as_written_in_a_trial_and_compiled_after_it():
+    model, compiled = nn.Sequential(Fixed()), []
+    model[0].compile(backend=lambda module, inputs: compiled.append(module) or module.forward)
+    with tried_out(model), Watching():
+        model(torch.zeros(7, 11))
+    assert not compiled
+    model(torch.zeros(7, 11))
+    assert len(compiled) == 1

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _ASKING = {
@@ -65,6 +67,14 @@ class Recorder(TorchFunctionMode):
         if function in _ASKING and isinstance(result, (bool, float)):
             self.answers.append(Answer(_place(), result, self._progress.inside, self._progress.returned))
         return result
+
+    @contextmanager
+    def aside(self, part: nn.Module) -> Iterator[None]:
+        """Inside, nothing is heard of a part that is compiled: torch would compile listening in, and later anew."""
+        compiled = any(module._compiled_call_impl is not None for module in part.modules())
+        on_top = torch.overrides._get_current_function_mode() is self  # type: ignore[no-untyped-call]
+        with torch.overrides._pop_mode_temporarily() if compiled and on_top else nullcontext():
+            yield
 
     def deciding(self) -> list[Answer]:
         """Those that a part or what it was given may depend on: without what was asked after the last one."""

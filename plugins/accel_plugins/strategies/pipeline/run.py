@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from .checks import refuse_autograd_functions
 from .message import Called, Leaf, Message
 from .nest import put_together, take_apart
 from .parts import Stage
+from .questions import Recorder
 from .split import Split
 from .streams import Streams
 from .trace import Result
@@ -47,6 +49,8 @@ class Run:
     ) -> None:
         self.split, self.parts, self.stage, self.message, self.arrived = split, parts, stage, message, arrived
         self.inside = False
+        self.recorder: Recorder | None = None
+        """Who listens to this forward."""
         self._streams = Streams(device)
         self._device = device
         self._calls = list(message.calls)
@@ -117,14 +121,15 @@ class Run:
             calls.append(called._replace(leaves=tuple(leaves)))
         return calls, payload
 
-    def _compute(self, part: str, ordinal: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _compute(self, part: str, ordinal: int, forward: Any, args: Any, kwargs: Any) -> Any:
         if self._replayed < len(self.message.calls) and self.stage < self.split.stages:
             self._diverged(part)
         if self._learns and not torch.is_grad_enabled():
             refuse_autograd_functions(part, Run.forward.__code__)
         self.inside = True
         try:
-            with self._streams.own():
+            aside = self.recorder.aside(forward.__self__) if self.recorder is not None else nullcontext()
+            with self._streams.own(), aside:
                 output = forward(*args, **kwargs)
         finally:
             self.inside = False

@@ -76,7 +76,7 @@ class Pass:
             arrived, values = self._arrive() if keeps else (self.message.payload, self.values)
             run = Run(self.model.split, self.model.parts, self.stage, self.model.device, self.message, arrived)
             args, kwargs = put_together(self.skeleton, list(values))
-            recorder = Recorder(run) if listens else None
+            recorder = run.recorder = Recorder(run) if listens else None
             with recorder or nullcontext():
                 output = run.forward(self.model.own_forward, args, kwargs)
         if recorder is not None:
