@@ -44,6 +44,11 @@ def objection(optimizer: Optimizer, parts: bool) -> str | None:
     return None if own_class(optimizer) in _KNOWN else trial.objection(optimizer, parts)
 
 
+def objection_apart(optimizer: Optimizer) -> str | None:
+    """The same for an optimizer that steps some parameters where other processes step the others."""
+    return None if own_class(optimizer) in _KNOWN else trial.objection_apart(optimizer)
+
+
 @contextmanager
 def on_parts(optimizer: Optimizer) -> Iterator[None]:
     """Let one step of an optimizer find plain tensors in place of divided parameters.

@@ -9,10 +9,11 @@ part goes on without an error.
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,31 +44,55 @@ def objection(optimizer: Optimizer, parts: bool) -> str | None:
     It is the same on all ranks, and neither the optimizer nor a random generator of torch's is changed.
     """
     cuts = (_all, _upper, _lower) if parts else (_all,)
-    devices = {parameter.device.index for _, parameter in _trained(optimizer) if parameter.is_cuda}
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            whole, *rows = (_changes(optimizer, cut) for cut in cuts)
-    except Exception as error:  # noqa: BLE001 - whatever somebody else's code raises is told
-        return f"it could not be tried on samples ({type(error).__name__}: {error})"
+    tried = _try(optimizer, [functools.partial(_changes, optimizer, cut) for cut in cuts])
+    if isinstance(tried, str):
+        return tried
+    whole, *rows = tried
     if not any(bool(change.any()) for change in whole):
         return "it changes none of the parameters in its groups"
-    if parts and any(_differ(*changes) for changes in zip(whole, *rows, strict=True)):
+    if parts and any(_differ(change, _join(*cut)) for change, *cut in zip(whole, *rows, strict=True)):
         return "what it does to some rows of a parameter depends on the others, or on chance"
     return None
 
 
-def _changes(optimizer: Optimizer, cut: Cut) -> list[Tensor]:
-    """What some steps of a copy change in each of its samples, of which it has the rows that `cut` leaves."""
+def objection_apart(optimizer: Optimizer) -> str | None:
+    """Why this optimizer must not step where only some of its parameters have gradients; None as above."""
+    tried = _try(optimizer, [functools.partial(_changes, optimizer, _all, 2, used) for used in (2, 1)])
+    if isinstance(tried, str):
+        return tried
+    if any(_differ(*changes) for changes in zip(*tried, strict=True)):
+        return "what it does to a parameter depends on others, or on chance"
+    return None
+
+
+def _try(optimizer: Optimizer, trials: Sequence[Callable[[], list[Tensor]]]) -> list[list[Tensor]] | str:
+    """What each trial changes, or why one failed."""
+    devices = {p.device.index for group in optimizer.param_groups for p in group["params"] if p.is_cuda}
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            return [trial() for trial in trials]
+    except Exception as error:  # noqa: BLE001 - whatever somebody else's code raises is told
+        return f"it could not be tried on samples ({type(error).__name__}: {error})"
+
+
+def _changes(optimizer: Optimizer, cut: Cut, copies: int = 1, used: int = 1) -> list[Tensor]:
+    """What some steps of a copy change in each of its samples, of which it has the rows that `cut` leaves.
+
+    Of `copies` samples of a kind the first `used` have gradients. The changes are those of the first.
+    """
     generator = torch.Generator().manual_seed(0)
-    wholes = _samples(optimizer, generator)
+    placed = _placed(optimizer, copies)
+    wholes = _samples(placed, generator)
     kept = {key: nn.Parameter(cut(whole).clone()) for key, whole in wholes.items()}
-    twin = _twin(optimizer, {id(p): kept[index, p.dim()] for index, p in _trained(optimizer)})
+    twin = _twin(optimizer, {id(p): kept[key] for key, p in placed})
     before = [sample.detach().clone() for sample in kept.values()]
     for _ in range(_STEPS):
         for key, whole in wholes.items():
-            kept[key].grad = cut(_gradient(whole, generator)).clone()
+            gradient = cut(_gradient(whole, generator)).clone()
+            kept[key].grad = gradient if key.copy < used else None
         own_class(optimizer).step(twin)
-    return [sample.detach() - start for sample, start in zip(kept.values(), before, strict=True)]
+    changes = zip(kept.items(), before, strict=True)
+    return [sample.detach() - start for (key, sample), start in changes if not key.copy]
 
 
 def _twin(optimizer: Optimizer, samples: dict[int, Any]) -> Optimizer:
@@ -86,16 +111,31 @@ def _twin(optimizer: Optimizer, samples: dict[int, Any]) -> Optimizer:
     return twin
 
 
-def _trained(optimizer: Optimizer) -> list[tuple[int, Tensor]]:
-    return [(index, p) for index, group in enumerate(optimizer.param_groups) for p in group["params"]]
+class _Key(NamedTuple):
+    """Parameters that share a sample: those of a group that have the same number of dims, one in `copies`."""
+
+    group: int
+    dims: int
+    copy: int
 
 
-def _samples(optimizer: Optimizer, generator: torch.Generator) -> dict[tuple[int, int], Tensor]:
-    """One for the parameters of each group that have the same number of dims, as large as they are or as allowed."""
-    largest: dict[tuple[int, int], list[int]] = {}
+def _placed(optimizer: Optimizer, copies: int) -> list[tuple[_Key, Tensor]]:
+    """Each parameter with the key of its sample."""
+    counts = Counter[int]()
+    placed = []
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            dims = parameter.dim()
+            placed.append((_Key(index, dims, counts[dims] % copies), parameter))
+            counts[dims] += 1
+    return placed
+
+
+def _samples(placed: list[tuple[_Key, Tensor]], generator: torch.Generator) -> dict[_Key, Tensor]:
+    """One for each key, as large as its parameters are or as allowed."""
+    largest: dict[_Key, list[int]] = {}
     devices = {}
-    for index, parameter in _trained(optimizer):
-        key = index, parameter.dim()
+    for key, parameter in placed:
         known = largest.setdefault(key, [2] * parameter.dim())
         largest[key] = [max(k, min(size, _LARGEST)) for k, size in zip(known, parameter.shape, strict=True)]
         devices[key] = parameter.device
@@ -122,7 +162,10 @@ def _lower(tensor: Tensor) -> Tensor:
     return tensor[math.ceil(len(tensor) / _CUT) :] if tensor.dim() else tensor
 
 
-def _differ(whole: Tensor, upper: Tensor, lower: Tensor) -> bool:
-    joined = torch.cat([upper, lower]) if whole.dim() else torch.stack([upper, lower])
-    error = (joined - whole).abs().max()
-    return not bool(error <= _TOLERANCE * whole.abs().max())
+def _join(upper: Tensor, lower: Tensor) -> Tensor:
+    return torch.cat([upper, lower]) if upper.dim() else torch.stack([upper, lower])
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    error = (other - one).abs().max()
+    return not bool(error <= _TOLERANCE * one.abs().max())

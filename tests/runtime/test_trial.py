@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from accel.runtime.trial import objection
+from accel.runtime.trial import objection, objection_apart
 
 
 class Plain(torch.optim.Optimizer):
@@ -85,3 +85,26 @@ def test_nothing_is_held_against_optimizers_of_single_numbers(name):
 def test_optimizers_that_look_further_are_found(name):
     make, message = WRONG[name]
     assert re.search(message, objection(make(layers()), parts=True) or "")
+
+
+class Together(torch.optim.Optimizer):
+    """Steps by the norm of all gradients."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = sum(p.grad.square().sum() for p in used).sqrt()
+        for p in used:
+            p.sub_(p.grad / norm)
+
+
+def test_optimizers_that_look_at_other_parameters_are_found():
+    """In one group of them, or in a group for each."""
+    parameters = [p for _ in range(2) for p in layers()]
+    for groups in (parameters, [{"params": [p]} for p in parameters]):
+        assert objection_apart(torch.optim.Adafactor(groups)) is None
+        assert "depends on others" in objection_apart(Together(groups))
+    assert "could not be tried" in objection_apart(WRONG["norm"][0](parameters))  # where there is no gradient

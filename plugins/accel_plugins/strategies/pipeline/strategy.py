@@ -18,6 +18,7 @@ from accel.interfaces import Axis, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from .engine import StagedModel
 
@@ -66,6 +67,15 @@ class Pipeline(Strategy):
 
         check_model(model, self.options)
         self._models[model] = StagedModel(model, self)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        from accel.runtime.elementwise import objection_apart
+
+        if self._models and (found := objection_apart(optimizer)):
+            raise PrepareError(
+                f"prepare: pipeline cannot train with the optimizer {type(optimizer).__name__}, which sees only the "
+                f"parameters of its stage: {found}; use another, such as torch.optim.AdamW"
+            )
 
     def complete_loss(self, loss: Tensor) -> None:
         if self._models and self.options.outputs == "last":

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from accel.config import setting
 from accel.config.example import parse_example
-from accel.errors import ConfigError
+from accel.errors import ConfigError, PrepareError
 from accel.interfaces import Axis, Strategy
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from .engine import DividedModel
 
@@ -65,6 +66,15 @@ class Tensor(Strategy):
 
         if self.mesh.size > 1:
             self.models[model] = DividedModel(model, self)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        from torch.optim import Muon
+
+        if self.models and isinstance(optimizer, Muon):
+            raise PrepareError(
+                "prepare: tensor cannot train with the optimizer Muon: it adds up products of divided matrices in "
+                "bfloat16, so that steps depend on the number of processes; use another, such as torch.optim.AdamW"
+            )
 
     def before_forward(self, model: nn.Module) -> None:
         if model in self.models:

@@ -686,3 +686,25 @@ def test_what_cannot_be_right_is_refused_and_what_may_not_be_is_warned_of():
     for told in run(2, outcomes):
         for name, (_, _, says) in OUTCOMES.items():
             assert says in told[name], name
+
+
+class Together(torch.optim.Optimizer):
+    """Steps by the norm of all gradients, of which a stage has some."""
+
+    @torch.no_grad()
+    def step(self):
+        used = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        for p in used:
+            p.sub_(p.grad / sum(p.grad.square().sum() for p in used))
+
+
+def optimizers():
+    accelerator = accelerator_for(CASES["skips"], num_processes=2)
+    model = accelerator.prepare(make(CASES["skips"]))
+    accelerator.prepare(torch.optim.Adafactor(model.parameters()))
+    with pytest.raises(PrepareError, match="the optimizer Together, which sees only the parameters of its stage"):
+        accelerator.prepare(Together(model.parameters(), {}))
+
+
+def test_an_optimizer_that_looks_at_other_parameters_is_refused():
+    run(2, optimizers)

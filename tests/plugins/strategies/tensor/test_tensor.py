@@ -243,11 +243,17 @@ def refuse_models():
     accelerator_for(2, {"tensor": {"size": 2}}).prepare(model)
     with pytest.raises(PrepareError) as caught:
         accelerator_for(2, {"tensor": {"size": 2}}).prepare(nn.Sequential(model))
+    said.append(str(caught.value))
+    accelerator = accelerator_for(2, {"tensor": {"size": 2}})
+    model = accelerator.prepare(models.GPT())
+    with pytest.raises(PrepareError) as caught:
+        accelerator.prepare(torch.optim.Muon([p for p in model.parameters() if p.dim() == 2]))
     return [*said, str(caught.value)]
 
 
 def test_models_that_cannot_be_tried_out_or_are_divided_already_are_refused():
-    for example, divided in run(2, refuse_models):
+    for example, divided, optimizer in run(2, refuse_models):
+        assert "cannot train with the optimizer Muon" in optimizer
         assert "found no inputs on which OneHead runs" in example and "strategies.tensor.example" in example
         assert "is already divided over" in divided
 
