@@ -141,8 +141,30 @@ def bare_unreached(stage, late):
 
 @pytest.mark.parametrize(("stage", "late"), [("zero1", 0), ("zero2", 0.5), ("zero3", 0)])
 def test_a_bare_backward_that_a_rank_never_comes_to_is_refused(stage, late):
-    with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in a bare loss\.backward\(\), and rank 1 went on"):
+    with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in a bare .*, and rank 1 went on"):
         run(2, bare_unreached, stage, late)
+
+
+def grad_on_one(late):
+    """In the second step rank 1 leaves out a gradient penalty, and goes on before rank 0 comes to it or after."""
+    accelerator, model, *_ = pair("zero3")
+    x, seen = tokens(0, 2), []
+    model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    for penalised in (True, accelerator.is_main_process):
+        logits = model(x)
+        loss = loss_of(logits, x)
+        if penalised:
+            time.sleep(late)
+            [gradient] = torch.autograd.grad(logits.sum(), seen[-1], create_graph=True)
+            loss = loss + gradient.square().mean()
+        accelerator.backward(loss)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("late", [0, 0.5])
+def test_autograd_grad_that_a_rank_never_comes_to_is_refused(late):
+    with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in .* torch\.autograd\.grad, and rank 1 went on"):
+        run(2, grad_on_one, late)
 
 
 def twice(stage):

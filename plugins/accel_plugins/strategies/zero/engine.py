@@ -89,7 +89,7 @@ class ShardedModel:
     def end_passes(self) -> None:
         """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
         if self.exchange is not None:
-            self.exchange.bare_passes.end_round()
+            self.exchange.passes.end_round()
 
     def broadcast_buffers(self) -> None:
         """Give every process rank 0's buffers."""

@@ -20,8 +20,8 @@ from torch.distributed import ProcessGroup
 
 from accel.runtime.nested import tensors
 
-from .bare import BarePasses
 from .groups import Groups, make_gradients_alike, whole_gradient
+from .passes import Passes
 from .reach import Reach, agree_on_used, leaves_none, reach_of, reach_under_way
 
 
@@ -61,8 +61,8 @@ class Exchange:
         self._turns = [_Turn(g, g.post_backward) for g in (*reversed(blocks), *groups.rest)]
         self._reach: Reach | None = None
         self._ran = self._begun = self._bare = False
-        self._leaves_none = self._kept = self._reshards_late = False
-        self.bare_passes = BarePasses(group)
+        self._leaves_none = self._without_gradients = self._kept = self._reshards_late = False
+        self.passes = Passes(group)
         for turn in self._turns:
             self._listen(turn)
         for state in groups.states:
@@ -75,7 +75,10 @@ class Exchange:
         """
         self._ran, self._begun = False, True
         if self.find_unused and (exchange or self.gathers):
+            if self.gathers:
+                self.passes.end_round()
             self._reach = reach_of(loss, self.groups, [turn.calls for turn in self._in_order], self.group)
+            self.passes.forget()
             reshard = reshard and not self._gather_if_unlike(self._reach)
         self._start(exchange, reshard)
 
@@ -93,7 +96,7 @@ class Exchange:
     def _begin_bare(self) -> None:
         """A bare `loss.backward()` is about to wait: see to it that all processes ask for the same; all ranks."""
         self._begun = self._bare = True
-        self.bare_passes.begin()
+        self.passes.begin()
         if not (self.gathers and self.find_unused):
             self._start(exchange=True, reshard=True)
             return
@@ -101,6 +104,12 @@ class Exchange:
         calls = [turn.calls for turn in self._in_order]
         self._reach = reach_under_way(nodes, self.groups, calls, self.group)
         self._start(exchange=True, reshard=not self._gather_if_unlike(self._reach))
+
+    def _begin_without_gradients(self) -> None:
+        """`torch.autograd.grad` is about to wait for the others, where it gathers."""
+        if self.gathers and not self._without_gradients:
+            self.passes.begin()
+        self._without_gradients = True
 
     def _gather_if_unlike(self, reach: Reach) -> bool:
         unlike = self.gathers and reach.anywhere and not reach.alike
@@ -154,6 +163,7 @@ class Exchange:
         def arrive(*args: Any) -> None:
             self._leaves_none = group.reduce_grads and leaves_none(self.groups)
             if self._leaves_none:
+                self._begin_without_gradients()
                 prepare(*args)
                 return
             if not self._begun:
@@ -170,7 +180,7 @@ class Exchange:
 
         def flush() -> None:
             if self._leaves_none:
-                self._leaves_none, self._kept = False, True
+                self._leaves_none, self._without_gradients, self._kept = False, False, True
                 self.groups.rest_gathered()
                 return
             self._ran = True

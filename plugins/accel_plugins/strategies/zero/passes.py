@@ -1,7 +1,7 @@
-"""A bare `loss.backward()` that some processes wait in and others never come to: an error in place of a hang.
+"""A bare `loss.backward()`, or `torch.autograd.grad`, that some processes wait in and others never come to: an error.
 
 `accelerator.backward` is called on all processes, which then take part whatever their loss depends on. Torch alone
-knows of a bare one, and only where it reaches the model.
+knows of the others, and only where they reach the model. Without an error they hang.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from accel.errors import PrepareError
 _models = itertools.count()
 
 
-class BarePasses:
+class Passes:
     """Counts the bare passes of one model between the points where all processes must have come to equally many.
 
     A process that is about to wait in a pass says so in the processes' store, and one that comes to such a point says
@@ -38,12 +38,22 @@ class BarePasses:
         self._passes += 1
 
     def end_round(self) -> None:
-        """Gradients are about to be used: no more passes; all ranks. Raises PrepareError if others wait in one."""
+        """No more passes, as a window or its exchange ends; all ranks. Raises PrepareError if others wait in one."""
         waiting = self._say("left", "waits")
         if waiting is not None:
             raise _unmatched(waiting=waiting, missing=self._rank)
-        self._forget()
+        if self._passes:
+            self.forget()  # all processes have met in this round
+        waits = [f"{self._round}/{index}/waits" for index in range(self._passes)]
+        self._words += [*waits, f"{self._round}/{self._passes}/left"]
         self._round, self._passes = self._round + 1, 0
+
+    def forget(self) -> None:
+        """Delete the words of the rounds before, once all processes have met after them."""
+        if self._first:
+            for word in self._words:
+                self._store.delete_key(word)
+        self._words = []
 
     def _say(self, word: str, other: str) -> int | None:
         """Leave a word about the pass to come; returns the rank that left the other word about it, if one did."""
@@ -53,18 +63,10 @@ class BarePasses:
             return None
         return int(self._store.get(f"{place}/{other}"))
 
-    def _forget(self) -> None:
-        """Delete the words of the round before, once all processes have exchanged in this one."""
-        if self._first and self._passes:
-            for word in self._words:
-                self._store.delete_key(word)
-            self._words = []
-        waits = [f"{self._round}/{index}/waits" for index in range(self._passes)]
-        self._words += [*waits, f"{self._round}/{self._passes}/left"]
-
 
 def _unmatched(waiting: int, missing: int) -> PrepareError:
     return PrepareError(
-        f"loss.backward(): rank {waiting} waits for rank {missing} in a bare loss.backward(), and rank {missing} went "
-        "on without one that reaches the model; call accelerator.backward(loss) on all ranks, whatever it depends on"
+        f"loss.backward(): rank {waiting} waits for rank {missing} in a bare loss.backward(), or torch.autograd.grad, "
+        f"and rank {missing} went on without one that reaches the model; call accelerator.backward(loss) on all ranks, "
+        "whatever it depends on, and torch.autograd.grad on all alike"
     )
