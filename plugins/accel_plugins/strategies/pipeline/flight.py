@@ -248,8 +248,7 @@ class Flight:
 
     def _fail(self, error: Exception, where: str) -> None:
         self._error = error
-        place = f"{where} of {self.model.split.stages}, on rank {dist.get_rank()}"
-        self._failure = Failure(f"{place}, failed: {type(error).__name__}: {error}")
+        self._failure = Failure.of(error, f"{where} of {self.model.split.stages}, on rank {dist.get_rank()}")
 
     def _check_present(self, output: Any) -> None:
         for path, tensor in tensors(output):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from accel import errors
+
+_LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, errors.__file__, __file__))
 
 
 class Leaf(NamedTuple):
@@ -46,3 +52,10 @@ class Failure:
     """A stage could not make its message: which, and why."""
 
     text: str
+
+    @classmethod
+    def of(cls, error: Exception, where: str) -> Failure:
+        """What to say of an error: where, at which line of the user's, and why."""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f" at {f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(_LIBRARIES)]
+        return cls(f"{where}, failed{lines[-1] if lines else ''}: {type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from accel.errors import PrepareError
@@ -39,7 +40,7 @@ def _compute(staged: StagedModel, part: str, forward: Any, args: Any, kwargs: An
         try:
             said, sent = _output(part, forward, args, kwargs)
         except Exception as raised:  # noqa: BLE001 - raised once the others know of it
-            error, failure = raised, Failure(f"{part}, on rank {source} of the pipeline, failed: {raised}")
+            error, failure = raised, Failure.of(raised, f"{part}, on rank {dist.get_rank()}")
     found = staged.wire.broadcast(source, ("outside", part), said, sent, failure)
     if error is not None:
         raise error
