@@ -202,7 +202,7 @@ class FunctionalHead(GPT):
         return F.linear(self.norm(self.blocks[0](x)), self.embedding.weight)
 
 
-def hugging_face(kind, **changes):
+def hugging_face(kind, changes=()):
     """A small model of transformers, without dropout."""
     import transformers
 
@@ -213,6 +213,7 @@ def hugging_face(kind, **changes):
         "num_attention_heads": HEADS,
         "intermediate_size": 64,
         "pad_token_id": 0,
+        **dict(changes),
     }
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     gpt2 = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": HEADS, "n_positions": 16}
@@ -224,9 +225,7 @@ def hugging_face(kind, **changes):
                 **gpt2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0
             )
         ),
-        "Llama": lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**{**small, "num_key_value_heads": 2, **changes})
-        ),
+        "Llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{"num_key_value_heads": 2, **small})),
         "Mixtral": lambda: transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4)
         ),

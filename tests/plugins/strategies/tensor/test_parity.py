@@ -155,6 +155,16 @@ def test_beside_a_pipeline():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ViT", "Llama"])
+def test_hugging_face_models_beside_a_pipeline(kind):
+    pipeline = {"pipeline": {"size": 2, "micro_batches": 4}}
+    two_layers = {"num_hidden_layers": 2}
+    cases = (models.hugging_face, (kind, two_layers), 4, {**pipeline, **tensor(2)}, 1, None, "fp32", 3)
+    for found in run(4, deviations, *cases, timeout=110):
+        check(found, {})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["ddp", "zero3"])
 def test_in_three_dimensions(data):
     strategies = {"pipeline": {"size": 2, "micro_batches": 2, "schedule": "1f1b"}, **tensor(2), data: {}}
