@@ -162,7 +162,7 @@ def stored(training: Training) -> dict[str, int]:
     parameters = list(training.model.parameters())
     optimizer = getattr(training.optimizer, "optimizer", training.optimizer)
     return {
-        "weights": size_of(parameters),
+        "weights": size_of([*parameters, *gathered(training.model)]),
         "gradients": size_of(parameter.grad for parameter in parameters),
         "states": size_of(tensors(optimizer.state)),
     }
@@ -195,14 +195,21 @@ def tensors(nested: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
+def gathered(model: nn.Module) -> Iterator[Tensor]:
+    """Whole parameters of a model under `fully_shard`, which have no memory where they have been freed."""
+    for module in model.modules():
+        for group in getattr(getattr(module, "_get_fsdp_state", object)(), "_fsdp_param_groups", ()):
+            yield from (p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param"))
+
+
 def size_of(found: Iterable[Tensor | None]) -> int:
     """Bytes of the memory behind tensors, each counted once; of a DTensor, this process's part."""
-    storages: dict[int, int] = {}
-    for tensor in found:
-        if tensor is not None:
-            local = getattr(tensor, "_local_tensor", tensor)
-            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
-    return sum(storages.values())
+    storages = [getattr(t, "_local_tensor", t).untyped_storage() for t in found if t is not None]
+    total = end = 0
+    for first, size in sorted((storage.data_ptr(), storage.nbytes()) for storage in storages):
+        total += max(first + size - max(first, end), 0)
+        end = max(end, first + size)
+    return total
 
 
 def memory(field: str) -> int:

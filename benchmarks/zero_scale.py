@@ -11,7 +11,7 @@ tensors cannot know.
 
 - stored: GB of parameters, gradients and optimizer state (AdamW) on one process, between backward and step.
 - sent: GB that one process sends in a step.
-- formula: that of the ZeRO paper; parameters outside the blocks are gathered once a step, not twice.
+- formula: that of the ZeRO paper; the last block, and what no block holds, are gathered once a step, not twice.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def extrapolate(shape: Shape, processes: int, replicas: int) -> Found:
 
 def formula(shape: Shape, processes: int, replicas: int) -> Formula:
     """What the paper says of the same run."""
-    outside_blocks = count(dataclasses.replace(shape, layers=0))
-    return Formula(3, count(shape), processes // replicas, replicas, kept=outside_blocks)
+    gathered_once = count(dataclasses.replace(shape, layers=1))
+    return Formula(3, count(shape), processes // replicas, replicas, kept=gathered_once)
 
 
 def grids(processes: int) -> list[tuple[int, int]]:

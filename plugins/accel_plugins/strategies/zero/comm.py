@@ -7,6 +7,7 @@ the system filling fresh pages with zeros, cost more than the sending itself.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, TrainingState
 
 from .groups import whole_gradient
-from .memory import LINE_BYTES, GatheredMemory
+from .memory import LINE_BYTES, GatheredMemory, Spare
 
 _LOT_BYTES = 8 << 20
 """What is received at once, before it is added up; this memory is kept. Less makes more processes wait more often."""
@@ -56,17 +57,18 @@ class Messages:
 
     def _pack(self, rank: int, messages: Sequence[Message]) -> Message:
         places = [message.received.view(torch.uint8) for message in messages]
-        received = places[0].new_empty(sum(map(len, places)))
+        received = places[0].new_empty(sum(place.nbytes for place in places))
         self._packed.append((places, received))
         sent = torch.cat([message.sent.view(torch.uint8) for message in messages])
         return Message(rank, sent, received, small=False)
 
     def wait(self) -> None:
         """Wait until all is sent and received."""
-        for work in self._works:
+        for work in reversed(self._works):  # so that this thread is woken once for what arrives in order
             work.wait()
         for places, received in self._packed:
-            for place, part in zip(places, torch.split(received, [len(place) for place in places]), strict=True):
+            parts = torch.split_with_sizes(received, [place.nbytes for place in places])
+            for place, part in zip(places, parts, strict=True):
                 place.copy_(part)
 
 
@@ -78,7 +80,7 @@ class Peers:
         self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.scratch = torch.empty(_LOT_BYTES, dtype=torch.uint8, device=device)
         self._messages: list[Message] = []
-        self._received: list[tuple[Tensor, list[Tensor]]] = []
+        self._received: deque[tuple[Tensor, list[Tensor]]] = deque()
         self._used = 0
 
     def gather(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Messages:
@@ -89,15 +91,16 @@ class Peers:
             [Message(rank, part, whole[rank], small) for whole, part, small in rows for rank in self.others],
         )
         for whole, part, _ in rows:
-            whole[self.rank].copy_(part)
+            if whole[self.rank].data_ptr() != part.data_ptr():
+                whole[self.rank].copy_(part)
         return messages
 
     def finish(self) -> None:
         """Send, receive and average all that `reduce` was given."""
         Messages(self.group, self._messages).wait()
-        for output, parts in self._received:
-            _average(output, parts)
-        self._messages, self._received, self._used = [], [], 0
+        self._messages, self._used = [], 0
+        while self._received:
+            _average(*self._received.popleft())  # which lets go of the whole, if this was the last lot of it
 
     def reduce(self, output: Tensor, whole: Tensor, length: int) -> None:
         """Let `finish` average this process's part of `whole` [k] into `output`.
@@ -129,16 +132,22 @@ class Peers:
 
 def _average(output: Tensor, parts: list[Tensor]) -> None:
     """The mean of `parts`, each [n], computed in the type of `output` [n]."""
+    if output.nbytes <= _SUM_BYTES:
+        _average_at_once(output, *parts)
+        return
     step = _SUM_BYTES // output.element_size()
     for pieces in zip(*(torch.split(tensor, step) for tensor in (output, *parts)), strict=True):
-        total, first, second, *rest = pieces
-        if first.dtype == total.dtype:
-            torch.add(first, second, out=total)
-        else:
-            total.copy_(first).add_(second)
-        for piece in rest:
-            total.add_(piece)
-        total.div_(len(parts))
+        _average_at_once(*pieces)
+
+
+def _average_at_once(total: Tensor, first: Tensor, second: Tensor, *rest: Tensor) -> None:
+    if first.dtype == total.dtype:
+        torch.add(first, second, out=total)
+    else:
+        total.copy_(first).add_(second)
+    for part in rest:
+        total.add_(part)
+    total.div_(2 + len(rest))
 
 
 class _UnderWay:
@@ -150,16 +159,22 @@ class _UnderWay:
 class DirectGroup:
     """Gathers and reduces one of torch's parameter groups by way of `peers`.
 
-    Nothing is gathered ahead, unless asked for: it takes the memory of another block.
+    Nothing is gathered ahead, unless asked for: it takes the memory of another block. With `spare`, memory is taken
+    from there and given back to it; without, it stays and holds this process's parts.
     """
 
-    def __init__(self, group: Any, peers: Peers, replicas: dist.ProcessGroup | None) -> None:
-        self.group, self.peers, self.replicas = group, peers, replicas
+    def __init__(self, group: Any, peers: Peers, replicas: dist.ProcessGroup | None, spare: Spare | None) -> None:
+        self.group, self.peers, self.replicas, self.spare = group, peers, replicas, spare
         self._under_way: Messages | None = None
-        self._memory: GatheredMemory | None = None
+        self._memory = None if spare else self._make_memory()  # now, before anybody looks at the parts
         self._keep_whole = group.post_backward
         group.unshard, group.wait_for_unshard = self.unshard, self.wait_for_unshard
         group.post_backward, group._backward_prefetch = self.post_backward, _do_nothing
+
+    @torch.no_grad()
+    def _make_memory(self) -> GatheredMemory:
+        peers = self.peers
+        return GatheredMemory(self.group.fsdp_params, peers.size, peers.rank, self.group.device, self.spare)
 
     @torch.no_grad()
     def unshard(self, async_op: bool = False) -> None:
@@ -167,7 +182,7 @@ class DirectGroup:
         if self.group.is_unsharded or self.group._all_gather_result is not None:
             return
         self.group._all_gather_result = _UnderWay()
-        self._memory = self._memory or GatheredMemory(self.group.fsdp_params, self.peers.size, self.group.device)
+        self._memory = self._memory or self._make_memory()
         self._memory.allocate()
         outputs = [output for parameter in self.group.fsdp_params for output in parameter.all_gather_outputs]
         inputs = [part.detach() for parameter in self.group.fsdp_params for part in parameter.all_gather_inputs]
@@ -237,8 +252,11 @@ def _give_gradient(parameter: Any, part: Tensor) -> None:
         hook(divided)
 
 
-def improve_collectives(groups: Iterable[Any], device: torch.device) -> None:
-    """Let the groups of one model do without their backend's collectives, where it has no good ones."""
+def improve_collectives(groups: Iterable[Any], device: torch.device, spare: Spare | None) -> None:
+    """Let the groups of one model do without their backend's collectives, where it has no good ones.
+
+    `spare` is where memory for gathered parameters goes when a group is divided again; without one, it stays.
+    """
     peers: Peers | None = None
     for group in groups:
         among: dist.ProcessGroup = group._reduce_scatter_process_group
@@ -247,4 +265,4 @@ def improve_collectives(groups: Iterable[Any], device: torch.device) -> None:
         if gloo and not own_way:
             peers = peers or Peers(among, device)
             replicated = isinstance(group.mesh_info, DDPMeshInfo)
-            DirectGroup(group, peers, group._all_reduce_process_group if replicated else None)
+            DirectGroup(group, peers, group._all_reduce_process_group if replicated else None, spare)

@@ -24,6 +24,7 @@ from .comm import improve_collectives
 from .entries import Entries
 from .exchange import Exchange
 from .groups import Groups
+from .memory import Spare
 from .recompute import checkpoint_activations
 from .scalars import widen
 
@@ -54,7 +55,8 @@ class ShardedModel:
         give_memory(model, strategy.device if self.options.offload == "none" else torch.device("cpu"))
         self.groups = Groups(model, scalars, self._gather_dtype)
         strategy.known |= {id(parameter): parameter for parameter in model.parameters()}
-        improve_collectives(self.groups.all, strategy.device)
+        self.spare = Spare() if strategy.reshards_after_forward else None
+        improve_collectives(self.groups.all, strategy.device, self.spare)
         gathers = strategy.reshards_after_forward
         self.exchange = Exchange(self.groups, strategy.mesh.group, self.options.find_unused_parameters, gathers)
         entries = Entries(model, blocks, self.groups)
@@ -62,7 +64,7 @@ class ShardedModel:
         entries.explain_methods(f"strategies.{strategy.name}.methods")
         entries.explain_forward(f"strategies.{strategy.name}.blocks")
         if self.options.find_unused_parameters:
-            entries.gather_in_order(keep=not strategy.reshards_after_forward)
+            entries.gather_in_order()
         model.zero_grad = self.groups.zero_grad  # type: ignore[method-assign]
         self._refuse_copies()
 
@@ -100,6 +102,8 @@ class ShardedModel:
         """Free gathered parameters: the next forward must see what the optimizer made of them."""
         if self.exchange is not None:
             self.groups.stepped()
+            if self.spare is not None:
+                self.spare.drop()
 
     def forget_gradients(self, parameters: Collection[nn.Parameter]) -> None:
         """Drop what was added up for these parameters and not exchanged."""
@@ -165,7 +169,8 @@ class ShardedModel:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # see `_own_outputs`
         for block in blocks:
             block.register_forward_hook(_own_outputs, prepend=True)
-            fully_shard(block, reshard_after_forward=self.strategy.reshards_after_forward, **policy)
+            again = self.strategy.reshards_after_forward and block is not blocks[-1]  # which backward begins with
+            fully_shard(block, reshard_after_forward=again, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
         self._prefetch(blocks)
         divided = [module for module in self.model.modules() if isinstance(module, FSDPModule)]

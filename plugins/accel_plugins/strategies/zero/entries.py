@@ -79,13 +79,13 @@ class Entries:
 
         self.model.__dict__[name] = call
 
-    def gather_in_order(self, keep: bool) -> None:
+    def gather_in_order(self) -> None:
         """From now on, each forward gathers all groups in one order, whichever of them this process needs.
 
         So processes may differ in the blocks that they use: their collectives still fit together. Where models
-        use all blocks in their order, it changes nothing. `keep` says whether parameters stay gathered.
+        use all blocks in their order, it changes nothing.
         """
-        self._order = _Order(self.groups.all, keep)
+        self._order = _Order(self.groups.all)
 
     def _parts(self) -> list[nn.Module]:
         """The modules that can be called on their own and need what no block holds."""
@@ -151,8 +151,8 @@ def _explain(advice: str, method: Any, *args: Any, **kwargs: Any) -> Any:
 class _Order:
     """Lets every forward of the whole model gather each group once, in order, before those that follow it."""
 
-    def __init__(self, groups: list[Any], keep: bool) -> None:
-        self.groups, self.keep = groups, keep
+    def __init__(self, groups: list[Any]) -> None:
+        self.groups = groups
         self._passed: set[int] | None = None
         for index, group in enumerate(groups):
             group.unshard = functools.partial(self._unshard, index, group.unshard)
@@ -187,5 +187,5 @@ class _Order:
 
     def _end_gathering(self, group: Any) -> None:
         group.wait_for_unshard()
-        if not self.keep:
+        if group._reshard_after_forward:
             group._to_sharded()
