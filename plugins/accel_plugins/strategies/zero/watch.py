@@ -22,6 +22,7 @@ class Watch:
         self.group, self.compares = group, True
         self._divided: list[tuple[int, int]] = []
         self._gathered: list[int] = []
+        self._parts: list[Tensor | None] = []
         self._gather, self.free = group._to_unsharded, group._to_sharded
         group._to_unsharded, group._to_sharded = self._to_unsharded, self._to_sharded
 
@@ -35,8 +36,8 @@ class Watch:
         if not self.group.is_unsharded:
             return
         compares = self.compares and not self.outdated
-        for parameter, version in zip(self.group.fsdp_params, self._gathered, strict=True):
-            if parameter._unsharded_param._version != version or (compares and _differs(parameter)):
+        for parameter, version, part in zip(self.group.fsdp_params, self._gathered, self._parts, strict=True):
+            if parameter._unsharded_param._version != version or (compares and _differs(parameter, part)):
                 raise PrepareError(
                     f"forward: parameter {parameter._param_fqn!r} was changed in place, where it is a copy that is "
                     "gathered for forward and then freed; change it outside of forward, or hold it in a buffer"
@@ -46,9 +47,11 @@ class Watch:
         self._gather()
         self._divided = self._count_divided()
         self._gathered = [parameter._unsharded_param._version for parameter in self.group.fsdp_params]
+        self._parts = [p._sharded_param_data.clone() if self.compares else None for p in self.group.fsdp_params]
 
     def _to_sharded(self) -> None:
         self.check()
+        self._parts = [None] * len(self._parts)
         self.free()
 
     def _count_divided(self) -> list[tuple[int, int]]:
@@ -56,11 +59,11 @@ class Watch:
         return [(tensor._version, tensor._local_tensor._version) for tensor in divided]
 
 
-def _differs(parameter: Any) -> bool:
-    """Whether this process's part of a gathered parameter is another than what it holds."""
+def _differs(parameter: Any, held: Tensor | None) -> bool:
+    """Whether this process's part of a gathered parameter is another than what was `held` before, if that is known."""
     outputs = parameter.all_gather_outputs
-    if len(outputs) != 1:
+    if held is None or len(outputs) != 1:
         return False
     part: Tensor = outputs[0].view(parameter.mesh_info.shard_mesh_size, -1)[parameter.mesh_info.shard_mesh_rank]
-    own: Tensor = parameter._sharded_param_data.to(part.device, part.dtype)
+    own = held.to(part.device, part.dtype)
     return bool(part.numel()) and not torch.equal(part.view(torch.uint8), own.view(torch.uint8))
