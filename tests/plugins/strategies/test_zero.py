@@ -227,7 +227,9 @@ def held(stage, options):
     gradients = [p.grad.to_local() for p in model.parameters()]
     optimizer.step()
     states = [v.to_local() for state in optimizer.state.values() for v in state.values() if v.dim()]
-    tensors = [p.to_local() for p in model.parameters()] + gradients + states
+    parts = [p.to_local() for p in model.parameters()]
+    assert memory_behind(parts) < 1.5 * sum(part.nbytes for part in parts), "who copies parts would copy the whole"
+    tensors = parts + gradients + states
     assert all(p.untyped_storage().size() == 0 for p in originals), "the whole model must not stay in memory"
     unsharded = [p._unsharded_param for g in _groups(model) for p in g.fsdp_params]
     return memory_behind(tensors + unsharded) / total

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accel_plugins.strategies.zero import comm
 from accel_plugins.strategies.zero.comm import Peers
+from accel_plugins.strategies.zero.memory import Spare
 from torch.distributed.fsdp import fully_shard
 
 from accel import Accelerator
@@ -131,3 +132,21 @@ def divided_meanwhile():
 def test_a_group_that_is_being_gathered_is_not_freed():
     """And it has one memory, not one for each parameter."""
     assert run(2, divided_meanwhile) == [(True, [1] * 4)] * 2
+
+
+def test_a_block_takes_the_memory_of_the_one_before():
+    """If it wants as much; and nothing is spare once it is dropped."""
+    spare = Spare()
+    one, same, larger = (torch.empty(0, dtype=torch.uint8).untyped_storage() for _ in range(3))
+    spare.fill(one, 1 << 16)
+    one.fill_(7)
+    spare.empty(one)
+    spare.fill(same, 1 << 16)
+    assert one.size() == 0 and same.tolist() == [7] * (1 << 16)
+    spare.empty(same)
+    spare.fill(larger, 1 << 17)
+    assert same.size() == 0 and larger.size() == 1 << 17
+    spare.empty(larger)
+    spare.drop()
+    spare.fill(one, 1 << 17)
+    assert one.size() == 1 << 17
