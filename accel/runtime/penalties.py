@@ -30,6 +30,7 @@ def penalties(loss: Tensor, weight: float) -> Iterator[None]:
     hooks = []
     if isinstance(loss, DTensor):
         hooks = [node.register_prehook(functools.partial(_plain, weight)) for node in _borders(loss)]
+        hooks += [leaf.register_prehook(functools.partial(_lay_out, leaf.variable)) for leaf in _divided_leaves(loss)]
     elif weight != 1.0:
         hooks = [leaf.register_prehook(functools.partial(_unweigh, weight)) for leaf in _divided_leaves(loss)]
     try:
@@ -67,6 +68,11 @@ def _borders(loss: Tensor) -> list[Any]:
 
 def _plain(weight: float, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(g.full_tensor() * weight if isinstance(g, DTensor) else g for g in gradients)
+
+
+def _lay_out(parameter: DTensor, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Gradients divided as the parameter is: where it does not divide evenly, torch may make them whole."""
+    return tuple(g if g is None else g.redistribute(placements=parameter.placements) for g in gradients)
 
 
 def _unweigh(weight: float, gradients: tuple[Any, ...]) -> tuple[Any, ...]:

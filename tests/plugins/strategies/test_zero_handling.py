@@ -75,6 +75,10 @@ def test_penalties_over_divided_parameters(stage, penalty, length):
     run(2, penalties, stage, penalty, length)
 
 
+def test_penalties_where_a_process_has_no_part_of_a_parameter():
+    run(4, penalties, "zero3", squares, 33)
+
+
 def mixed_twice():
     accelerator = accelerator_for("zero3")
     model = accelerator.prepare(Net())
