@@ -38,6 +38,10 @@ BY_HEADS = {
     ),
     "a power, in place": lambda x, w: (x * 1).mul_(w).add_(torch.arange(H)[:, None] * w).clamp_(-1, 1) ** 2,
     "where": lambda x, w: torch.where(torch.arange(H)[:, None] > 1, x, w),
+    "stacked": lambda x, w: torch.stack([x, x * w], dim=1).sum(1) + torch.stack([-x, x], dim=-1).flatten(-2)[..., :W],
+    "complex": lambda x, w: torch.view_as_real(torch.view_as_complex(x[..., :4].contiguous().view(B, T, H, 2, 2)) * w),
+    "einsum": lambda x, w: torch.einsum("bthw,bshw->bhts", x, x * w) + torch.einsum("bthw,h->bht", x, w)[..., None],
+    "einsum by heads": lambda x, w: torch.einsum("hw,bthw->bth", w.expand(H, W), x),
     "an early cache": lambda x, w: torch.cat([torch.tensor([]), x], dim=-1),
     "a product of matrices": lambda x, w: x @ w.expand(W, 2),
     "numbers of the shape": lambda x, w: x / (x.shape[2] + x.size(-2) + x.numel() + len(x)),
@@ -52,11 +56,11 @@ GATHERED = {
     "over the heads": lambda x, w: x.softmax(2).cumsum(2),
     "norm of all": lambda x, w: F.layer_norm(x, (H, W)),
     "indexed by a tensor": lambda x, w: x[:, torch.tensor([0, 2])] * x.index_select(2, torch.tensor([3]))[:, :2],
-    "einsum": lambda x, w: torch.einsum("bthw,bshw->bhts", x, x),
+    "einsum over the heads": lambda x, w: torch.einsum("bthw,bthw->btw", x, x * w),
+    "einsum with an ellipsis": lambda x, w: torch.einsum("...w,...w->...", x, x),
     "heads that do not divide": lambda x, w: x.reshape(B, T, H * W).view(B, T, W, H),
     "cat of heads": lambda x, w: torch.cat([x, x * w], dim=2),
     "two ways": lambda x, w: x[..., :H] + x[..., :H].transpose(2, 3),
-    "in a list": lambda x, w: torch.stack([x, x]),
     "plain changed by divided": lambda x, w: (w * torch.ones(B, T, H, W)).add_(x),
 }
 """What needs the whole, and so gets it."""
@@ -94,6 +98,8 @@ UNEVEN = {
     "a view": lambda x, w: x.view(B, T, -1).unflatten(-1, (W, H)).transpose(1, 2).contiguous() * w,
     "shortcuts": lambda x, w: x + w * torch.arange(T)[:, None, None] + (x > 0) * x.mean(-1, keepdim=True),
     "cat": lambda x, w: torch.cat([x[:, :, :1], x * w], dim=2),
+    "stacked": lambda x, w: torch.stack([x, x * w], dim=2),
+    "einsum": lambda x, w: torch.einsum("bthw,w->bth", x, w.expand(W)),
 }
 """Of [B, T, H, W], divided along T = 3 over two processes; what stays so."""
 
