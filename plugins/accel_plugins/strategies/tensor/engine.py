@@ -46,10 +46,10 @@ class DividedModel:
             self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
             expected = check.run(model, inputs)
             self._divide(inputs, expected)
-            self._check_any()
             self.activations = Activations(model, self.peers, strategy.options)
             if self.activations.settings:
                 self._divide_activations(inputs, expected)
+        self._check_any()
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
         self._modules = dict(model.named_modules())
