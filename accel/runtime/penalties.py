@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import PrepareError
 from .graph import nodes_of
+from .shards import whole_tensor
 
 
 @contextmanager
@@ -29,10 +30,13 @@ def penalties(loss: Tensor, weight: float) -> Iterator[None]:
     """
     hooks = []
     if isinstance(loss, DTensor):
-        hooks = [node.register_prehook(functools.partial(_plain, weight)) for node in _borders(loss)]
-        hooks += [leaf.register_prehook(functools.partial(_lay_out, leaf.variable)) for leaf in _divided_leaves(loss)]
+        nodes = list(nodes_of(loss))
+        leaves = _divided_leaves(nodes)
+        hooks = [node.register_prehook(functools.partial(_plain, weight)) for node in _borders(loss, nodes, leaves)]
+        hooks += [leaf.register_prehook(functools.partial(_lay_out, leaf.variable)) for leaf in leaves]
     elif weight != 1.0:
-        hooks = [leaf.register_prehook(functools.partial(_unweigh, weight)) for leaf in _divided_leaves(loss)]
+        leaves = _divided_leaves(nodes_of(loss))
+        hooks = [leaf.register_prehook(functools.partial(_unweigh, weight)) for leaf in leaves]
     try:
         yield
     finally:
@@ -40,19 +44,19 @@ def penalties(loss: Tensor, weight: float) -> Iterator[None]:
             hook.remove()
 
 
-def _divided_leaves(loss: Tensor) -> list[Any]:
-    """The nodes through which a loss gives divided parameters their gradients."""
-    return [node for node in nodes_of(loss) if isinstance(getattr(node, "variable", None), DTensor)]
+def _divided_leaves(nodes: Iterable[Any]) -> list[Any]:
+    """Those of a loss's nodes through which it gives divided parameters their gradients."""
+    return [node for node in nodes if isinstance(getattr(node, "variable", None), DTensor)]
 
 
-def _borders(loss: Tensor) -> list[Any]:
-    """The nodes of plain tensors that were used together with divided ones."""
+def _borders(loss: Tensor, nodes: Iterable[Any], leaves: Iterable[Any]) -> list[Any]:
+    """Those of a loss's nodes that are of plain tensors which were used together with divided ones."""
     users: dict[Any, set[Any]] = defaultdict(set)
-    for node in nodes_of(loss):
+    for node in nodes:
         for following, _ in node.next_functions:
             users[following].add(node)
     divided = {loss.grad_fn}
-    waiting = [*_divided_leaves(loss), *(node for node in users if node and node.name() == "_FromTorchTensorBackward")]
+    waiting = [*leaves, *(node for node in users if node and node.name() == "_FromTorchTensorBackward")]
     while waiting:
         node = waiting.pop()
         divided.add(node)
@@ -67,7 +71,7 @@ def _borders(loss: Tensor) -> list[Any]:
 
 
 def _plain(weight: float, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(g.full_tensor() * weight if isinstance(g, DTensor) else g for g in gradients)
+    return tuple(whole_tensor(g) * weight if isinstance(g, DTensor) else g for g in gradients)
 
 
 def _lay_out(parameter: DTensor, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
