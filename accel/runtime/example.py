@@ -62,12 +62,13 @@ def example_inputs(model: nn.Module, given: Mapping[str, Any], setting: str) -> 
 
 @contextlib.contextmanager
 def tried_out(model: nn.Module) -> Iterator[None]:
-    """Inside, a model may be run in any mode; after it, modes, buffers and random numbers are as they were.
+    """Inside, a model may be run in any mode; after it, modes, buffers, and numbers that its modules keep and that are
+    drawn are as they were.
 
     What is compiled runs as it is written: watched by a mode, torch would give it up for good.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(owner._buffers, name, value) for owner in modes for name, value in owner._buffers.items()]
+    numbers = {module: numbers_of(module) for module in model.modules()}
+    buffers = [(owner._buffers, name, value) for owner in numbers for name, value in owner._buffers.items()]
     copies = [None if value is None else value.clone() for _, _, value in buffers]
     device = _device(model)
     _trials.append(model)
@@ -77,12 +78,17 @@ def tried_out(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         _trials.remove(model)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, held in numbers.items():
+            vars(module).update(held)
         for (place, name, value), copy in zip(buffers, copies, strict=True):
             place[name] = value
             if value is not None and copy is not None:
                 value.detach().copy_(copy)
+
+
+def numbers_of(module: nn.Module) -> dict[str, Any]:
+    """What a module counts or remembers as Python numbers; `training` is one."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:

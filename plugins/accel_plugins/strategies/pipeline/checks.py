@@ -22,6 +22,11 @@ def check_model(model: nn.Module, options: Any) -> None:
         raise PrepareError(f"prepare: pipeline cannot train this {type(model).__name__}: {reason}")
 
 
+def runs_once(options: Any) -> bool:
+    """Whether each part of a model runs once for a batch."""
+    return bool(options.micro_batches == 1 and options.schedule != "1f1b")
+
+
 def _faults(model: nn.Module, options: Any) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -36,8 +41,7 @@ def _faults(model: nn.Module, options: Any) -> Iterator[str]:
             )
         if name and PART in module.__dict__:
             yield f"{name!r} was prepared on its own; prepare the whole model only"
-        whole = options.micro_batches == 1 and options.schedule != "1f1b"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not whole:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not runs_once(options):
             yield (
                 f"{name!r} computes statistics over the batch, and would over each micro-batch; set micro_batches: 1 "
                 "with schedule: gpipe, or use a norm over each sample (GroupNorm, LayerNorm)"

@@ -19,6 +19,7 @@ from .outputs import Awaited
 from .outside import listen
 from .plan import make_plan
 from .questions import Questions
+from .states import OwnBuffers
 from .streams import Streams
 from .tied import Tied
 from .weights import Weights
@@ -43,6 +44,7 @@ class StagedModel:
         self.own_forward = own_method(model, "forward")
         self.plan = make_plan(model, strategy)
         self.split, self.parts, self.layout = self.plan.split, self.plan.stage, self.plan.layout
+        self.own_buffers = OwnBuffers(model, self.plan.changes.own)
         self.questions = Questions(self.name, self.split.stages - 1)
         self.holders = self._find_holders()
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
@@ -79,6 +81,7 @@ class StagedModel:
         self.tied.watch()
         flight = Flight(self, batch, learns)
         skeleton, values, learning = flight.forward()
+        self.own_buffers.share(self.wire.group, self.ranks - 1)
         if learns and any(learning):
             inputs = [batch.tensors[place] for place in batch.learning()]
             anchor = torch.zeros((), requires_grad=True)
@@ -128,8 +131,8 @@ class StagedModel:
 
     def share_buffers(self) -> None:
         """Give all processes the buffers that their stage has changed."""
-        for buffer, part in self.plan.buffers.items():
-            if self.model.training and part:
+        for buffer, part in self.plan.changes.parts.items():
+            if self.model.training:
                 source = self.split.stage_of(part, len(self.split.places.get(part, ())), 0) % self.ranks
                 broadcast_in_place([self.model.get_buffer(buffer)], self.wire.group, source)
 

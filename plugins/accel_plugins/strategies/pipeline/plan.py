@@ -19,11 +19,12 @@ from accel.runtime.example import example_inputs, tried_out
 from accel.runtime.nested import map_tensors, tensors
 
 from .batches import Batch, Layout, layout_of, merge
-from .checks import check_compiled
+from .checks import check_compiled, runs_once
 from .message import Message
 from .parts import Stage, find_parts, listen_to
 from .run import Run
 from .split import Split, balance, split
+from .states import Changes, find_changes
 from .trace import Result, Trace, measure, trace
 
 if TYPE_CHECKING:
@@ -43,11 +44,10 @@ class Plan:
     layout: Layout
     found: Trace
     blocks: set[str]
-    buffers: dict[str, str]
-    """Buffers that a forward changes -> the part that does."""
-
     cuts: Sequence[int] = ()
     """The calls with which further stages begin."""
+
+    changes: Changes = dataclasses.field(default_factory=Changes)
 
     def begins_stage(self, part: str) -> bool:
         """Whether a further stage begins with a call of this part."""
@@ -64,17 +64,17 @@ def make_plan(model: nn.Module, strategy: Pipeline) -> Plan:
     check_compiled(model, parts.values())
     stage = listen_to(parts)
     with tried_out(model):
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         found = trace(model, stage, args, kwargs)
-        changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
         measure(model, stage, args, kwargs, found)
     names = names or {call.part for call in found.calls}
     cuts = _cuts(model, strategy, found, names, parts)
     made = split(found, names, cuts)
     made = dataclasses.replace(made, glue=_glue(parts, made))
-    plan = Plan(parts, stage, made, Layout(0, frozenset(), frozenset()), found, names, _owners(parts, changed), cuts)
-    _settle_layout(model, plan, args, kwargs, count=1 if strategy.options.micro_batches == 1 else 2)
-    return plan
+    plan = Plan(parts, stage, made, Layout(0, frozenset(), frozenset()), found, names, cuts)
+    count = 1 if strategy.options.micro_batches == 1 else 2
+    _settle_layout(model, plan, args, kwargs, count)
+    batch = Batch(model.forward, args, kwargs, plan.layout, count)
+    return dataclasses.replace(plan, changes=find_changes(model, parts, batch, runs_once(strategy.options)))
 
 
 def _at_least_two_samples(args: Any, kwargs: Any) -> Any:
@@ -154,10 +154,6 @@ def _glue(parts: dict[str, nn.Module], made: Split) -> frozenset[str]:
     return frozenset(name for name, module in parts.items() if name not in made.places and not has_parameters(module))
 
 
-def _owners(parts: dict[str, nn.Module], buffers: Sequence[str]) -> dict[str, str]:
-    return {b: next((part for part in parts if b.startswith(f"{part}.")), "") for b in buffers}
-
-
 def _settle_layout(model: nn.Module, plan: Plan, args: Any, kwargs: Any, count: int) -> None:
     """Find along which dim samples lie, by what gives the whole model's output; raises PrepareError if none does."""
     failures = []
@@ -182,7 +178,8 @@ def _differs(model: nn.Module, plan: Plan, args: Any, kwargs: Any, count: int) -
     """How stages on so many micro-batches differ from the whole model on an example; None if they do not."""
     with tried_out(model):
         model.eval()
-        expected = [tensor for _, tensor in tensors(model(*args, **kwargs))]
+        with tried_out(model):
+            expected = [tensor for _, tensor in tensors(model(*args, **kwargs))]
         batch = Batch(model.forward, args, kwargs, plan.layout, count)
         if batch.count < count:
             return "one sample only"
@@ -229,7 +226,8 @@ def _run(
 ) -> tuple[Any, Message]:
     run = Run(plan.split, plan.stage, stage, batch.device, message, message.payload)
     args, kwargs = batch.arguments(batch.values(index))
-    output = run.forward(model, args, kwargs)
+    with tried_out(model):  # each run begins with what the model keeps
+        output = run.forward(model, args, kwargs)
     if stage == plan.split.stages:
         return output, message
     calls, payload = run.results()

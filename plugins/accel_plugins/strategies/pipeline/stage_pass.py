@@ -69,6 +69,7 @@ class Pass:
         self.answers: list[Answer] = []
         self._arrivals: list[Arrival] = []
         self._states = model.streams.states()
+        self._buffers = model.own_buffers.copies()
 
     def run(self, keeps: bool, listens: bool = False) -> Any:
         """Forward; returns the user's output if this is the end. `keeps` says whether to keep the graph."""
@@ -77,12 +78,13 @@ class Pass:
             run = Run(self.model.split, self.model.parts, self.stage, self.model.device, self.message, arrived)
             args, kwargs = put_together(self.skeleton, list(values))
             recorder = run.recorder = Recorder(run) if listens else None
-            with recorder or nullcontext():
+            ends = self.stage == self.model.split.stages
+            buffers = nullcontext() if ends else self.model.own_buffers.as_of(self._buffers)
+            with buffers, recorder or nullcontext():
                 output = run.forward(self.model.own_forward, args, kwargs)
         if recorder is not None:
-            ends = self.stage == self.model.split.stages
             self.answers = recorder.answers if ends else recorder.deciding()
-        if self.stage < self.model.split.stages:
+        if not ends:
             calls, payload = run.results()
             self.sends = Message(self.message.seed, calls, payload, [t.requires_grad for t in payload])
         return output

@@ -335,19 +335,44 @@ def test_evaluation_gives_the_output_on_every_stage():
         torch.testing.assert_close(found, expected)
 
 
-def statistics():
-    base = CASES["cnn"]
-    case = Case(functools.partial(CNN, norm=True), base.batch, base.loss, base.options)
-    accelerator = accelerator_for(case, {"micro_batches": 1}, num_processes=2)
+def statistics(case, options):
+    """Buffers and gradients after two steps, in stages and plain."""
+    accelerator = accelerator_for(case, options, num_processes=2)
     model, plain = accelerator.prepare(make(case)), make(case)
-    loss_of(case, plain, case.batch(0, 8)).backward()
-    accelerator.backward(loss_of(case, model, case.batch(0, 8)))
-    return dict(model.named_buffers()), dict(plain.named_buffers())
+    for step in range(2):
+        loss_of(case, plain, case.batch(step, 8)).backward()
+        accelerator.backward(loss_of(case, model, case.batch(step, 8)))
+    gradients = {n: p.grad for n, p in model.named_parameters() if not isinstance(p, Elsewhere)}
+    expected = {n: p.grad for n, p in plain.named_parameters() if n in gradients}
+    return [(dict(model.named_buffers()), dict(plain.named_buffers())), (gradients, expected)]
 
 
-def test_statistics_of_a_whole_batch_reach_all_stages():
-    for found, expected in run(2, statistics):
-        torch.testing.assert_close(found, expected)
+class Counts(Skips):
+    """Scales its input by the number of forwards, counted in a buffer that is another tensor each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.forwards = self.forwards + 1
+        output = super().forward(x / self.forwards)
+        self.last.copy_(self.forwards)
+        return output
+
+
+def all_statistics():
+    normed = Case(functools.partial(CNN, norm=True), *CASES["cnn"][1:])
+    counting = CASES["skips"]._replace(make=Counts)
+    one = statistics(normed, {"micro_batches": 1})
+    return one + [pair for schedule in SCHEDULES[:2] for pair in statistics(counting, {"schedule": schedule})]
+
+
+def test_buffers_are_those_of_one_process_on_all_stages():
+    for results in run(2, all_statistics):
+        for found, expected in results:
+            torch.testing.assert_close(found, expected)
 
 
 def two_models():
@@ -561,6 +586,47 @@ class Changes(nn.Module):
         return self.blocks[1](x)
 
 
+class Keeps(nn.Module):
+    """[b, WIDTH] -> [b, WIDTH]: keeps something of each forward; its `blocks` are others of this kind."""
+
+    def __init__(self, what, *blocks):
+        super().__init__()
+        self.weight, self.what, self.count = nn.Parameter(torch.ones(WIDTH)), what, 0
+        self.register_buffer("seen", torch.zeros(()))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        self.what(self, x)
+        return x * self.weight
+
+
+def keeps(what, inside=False):
+    outside, inner = (nothing, what) if inside else (what, nothing)
+    return Keeps(outside, Keeps(inner), Keeps(inner))
+
+
+def nothing(keeper, x):
+    pass
+
+
+def counts(keeper, x):
+    keeper.count += 1
+
+
+def counts_in_buffer(keeper, x):
+    keeper.seen += 1
+
+
+def averages(keeper, x):
+    keeper.seen.lerp_(x.detach().mean(), 0.1)
+
+
+def sizes(keeper, x):
+    keeper.seen.fill_(x.shape[-1])
+
+
 class Asks(nn.Module):
     """Adds 1 if the data say so, between the blocks, in each or after them."""
 
@@ -648,6 +714,21 @@ OUTCOMES = {
     "samples computed together": (TwoOutputs, {}, "are samples computed together"),
     "samples computed together in one micro-batch": (TwoOutputs, {"micro_batches": 1}, "right"),
     "batch norm": (functools.partial(CNN, norm=True), {}, "micro_batches: 1"),
+    "a number in a block": (
+        functools.partial(keeps, counts, inside=True),
+        {},
+        "'blocks.0.count' is changed by each forward",
+    ),
+    "a buffer in a block": (
+        functools.partial(keeps, averages, inside=True),
+        {},
+        "'blocks.0.seen' is changed by each forward",
+    ),
+    "it in one micro-batch": (functools.partial(keeps, averages, inside=True), {"micro_batches": 1}, "right"),
+    "a size in a block": (functools.partial(keeps, sizes, inside=True), {}, "right"),
+    "a number": (functools.partial(keeps, counts), {}, "'count' is changed by the model's own forward"),
+    "a count": (functools.partial(keeps, counts_in_buffer), {}, "right"),
+    "an average": (functools.partial(keeps, averages), {}, "'seen' is computed from the batch"),
     "no such block": (Skips, {"split": ["upp"]}, "names no module"),
     "too many stages": (Skips, {"split": ["up.0", "up.1"]}, "2 processes"),
     "an empty stage": (Skips, {"split": ["start"]}, "are not called in this order"),
