@@ -11,11 +11,8 @@ import ctypes
 import faulthandler
 import gc
 import importlib
-import importlib.util
-import io
 import os
 import pickle
-import runpy
 import signal
 import socket
 import sys
@@ -26,7 +23,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import IO, Any
+from typing import IO
+
+from .callers import Unpickler
 
 STACKS_SIGNAL = signal.SIGUSR1
 STACKS_WAIT = 1.0
@@ -242,7 +241,7 @@ def _take_over(request: Request, rank: int, port: int, output: Sequence[int]) ->
 def _call(request: Request) -> Outcome:
     """Call the request's function; whatever it raises becomes an outcome."""
     try:
-        function, arguments, filters = _Unpickler(request.call, request.files).load()
+        function, arguments, filters = Unpickler(request.call, request.files).load()
         warnings.resetwarnings()
         warnings.filters[:] = filters  # type: ignore[index]
         return Returned(pickle.dumps(function(*arguments)))
@@ -265,50 +264,3 @@ def _raised(error: BaseException) -> Raised:
     except Exception:  # noqa: BLE001 - an exception may fail to pickle in any way; its text is sent instead
         return Raised(None, summary, text)
     return Raised(pickled, summary, text)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Finds the caller's modules by name or, failing that, by file."""
-
-    def __init__(self, data: bytes, files: Mapping[str, str]) -> None:
-        super().__init__(io.BytesIO(data))
-        self.files = files
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__main__" and module in self.files:
-            return _attribute(_main_module(self.files[module]), name)
-        if module in self.files and not _importable(module):
-            _import_file(module, self.files[module])
-        return super().find_class(module, name)
-
-
-def _importable(module: str) -> bool:
-    try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its package is not importable
-        return False
-
-
-def _import_file(module: str, file: str) -> None:
-    spec = importlib.util.spec_from_file_location(module, file)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"cannot import {module} from {file}", name=module)
-    sys.modules[module] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[module])
-
-
-def _main_module(file: str) -> Any:
-    """The caller's script, run under another name so that its `if __name__ == "__main__"` stays shut."""
-    if getattr(sys.modules["__main__"], "__file__", None) != file:
-        namespace = runpy.run_path(file, run_name="__mp_main__")
-        sys.modules["__main__"] = importlib.util.module_from_spec(
-            importlib.util.spec_from_loader("__mp_main__", None)  # type: ignore[arg-type]
-        )
-        vars(sys.modules["__main__"]).update(namespace, __file__=file)
-    return sys.modules["__main__"]
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
