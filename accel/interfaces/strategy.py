@@ -104,6 +104,12 @@ class Strategy:
         Raises PrepareError for a model that this strategy cannot train right.
         """
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise PrepareError if this strategy cannot train a model as all strategies together have left it.
+
+        Called when the last of them has set it up.
+        """
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise PrepareError if this optimizer cannot update parameters as this strategy has laid them out.
 

@@ -9,12 +9,13 @@ Others may see whole tensors: every process then does the whole step, and keeps 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -39,14 +40,36 @@ _KNOWN = {
 """Classes whose step is known to treat every number by itself; not their subclasses, which may not."""
 
 
+_NEVER = {
+    torch.optim.LBFGS: "it flattens all parameters and calls the model itself",
+    torch.optim.SparseAdam: "it takes sparse gradients, which cannot be divided",
+}
+"""Classes that step all parameters whole, in one process, or not at all."""
+
+
 def objection(optimizer: Optimizer, parts: bool) -> str | None:
     """Why this optimizer must not step parts of parameters, or not whole ones; None if it may. Same on all ranks."""
-    return None if own_class(optimizer) in _KNOWN else trial.objection(optimizer, parts)
+    return _judged(optimizer, lambda: trial.objection(optimizer, parts))
 
 
 def objection_apart(optimizer: Optimizer) -> str | None:
     """The same for an optimizer that steps some parameters where other processes step the others."""
-    return None if own_class(optimizer) in _KNOWN else trial.objection_apart(optimizer)
+    return _judged(optimizer, lambda: trial.objection_apart(optimizer))
+
+
+def objection_divided(optimizer: Optimizer, mesh: DeviceMesh) -> str | None:
+    """The same for one that finds DTensors, of which torch puts together what it looks at; all processes of a mesh."""
+    return _judged(optimizer, lambda: trial.objection_divided(optimizer, mesh))
+
+
+def never_divided(optimizer: Optimizer) -> str | None:
+    """Why no process may step without all parameters whole; None if that depends."""
+    return next((reason for kind, reason in _NEVER.items() if isinstance(optimizer, kind)), None)
+
+
+def _judged(optimizer: Optimizer, tried: Callable[[], str | None]) -> str | None:
+    """What is known of an optimizer's class, else what a trial finds."""
+    return None if own_class(optimizer) in _KNOWN else never_divided(optimizer) or tried()
 
 
 @contextmanager

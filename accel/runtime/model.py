@@ -48,6 +48,8 @@ class ModelPart(Part):
                 self.unfilled |= filling.fill(device)
             strategy.setup(model)
         self.unfilled |= filling.fill(device)
+        for strategy in self.strategies:
+            strategy.check_model(model)
         accept_whole_model_states(model)
         mind_divided_tensors()
         after = dict(model.named_parameters(remove_duplicate=False))

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from .adopt import PART, own_class
+from .shards import whole_tensor
 
 _LARGEST = 160
 """Elements of a sample along each dim at most: optimizers that factor matrices leave those below 128 as they are."""
@@ -43,15 +46,17 @@ def objection(optimizer: Optimizer, parts: bool) -> str | None:
 
     It is the same on all ranks, and neither the optimizer nor a random generator of torch's is changed.
     """
-    cuts = (_all, _upper, _lower) if parts else (_all,)
+    cuts = (_all, _upper, _lower) if parts else (_all, _all)
     tried = _try(optimizer, [functools.partial(_changes, optimizer, cut) for cut in cuts])
     if isinstance(tried, str):
         return tried
-    whole, *rows = tried
+    whole, *others = tried
     if not any(bool(change.any()) for change in whole):
         return "it changes none of the parameters in its groups"
-    if parts and any(_differ(change, _join(*cut)) for change, *cut in zip(whole, *rows, strict=True)):
+    if parts and any(_differ(change, _join(*cut)) for change, *cut in zip(whole, *others, strict=True)):
         return "what it does to some rows of a parameter depends on the others, or on chance"
+    if not parts and any(_differ(*changes) for changes in zip(*tried, strict=True)):
+        return "what it does to a parameter depends on chance, which would differ where processes hold the same"
     return None
 
 
@@ -63,6 +68,26 @@ def objection_apart(optimizer: Optimizer) -> str | None:
     if any(_differ(*changes) for changes in zip(*tried, strict=True)):
         return "what it does to a parameter depends on others, or on chance"
     return None
+
+
+def objection_divided(optimizer: Optimizer, mesh: DeviceMesh) -> str | None:
+    """Why this optimizer must not step DTensors over this mesh; None as above. All processes of the mesh call it.
+
+    Torch puts together what an optimizer looks at of other parts, but not all that optimizers do with parameters.
+    """
+    cuts = (_all, functools.partial(_divided, mesh, 0), functools.partial(_divided, mesh, -1))
+    tried = _try(optimizer, [functools.partial(_changes, optimizer, cut) for cut in cuts])
+    if isinstance(tried, str):
+        return tried
+    if any(_differ(whole, whole_tensor(part)) for whole, *parts in zip(*tried, strict=True) for part in parts):
+        return "it does something else to a divided parameter than to a whole one"
+    return None
+
+
+def _divided(mesh: DeviceMesh, dim: int, tensor: Tensor) -> Tensor:
+    """A tensor that all processes have, divided among them along a dim; a single number stays whole."""
+    placement = Shard(dim % tensor.dim()) if tensor.dim() else Replicate()
+    return distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
 
 
 def _try(optimizer: Optimizer, trials: Sequence[Callable[[], list[Tensor]]]) -> list[list[Tensor]] | str:

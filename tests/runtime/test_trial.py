@@ -87,6 +87,12 @@ def test_optimizers_that_look_further_are_found(name):
     assert re.search(message, objection(make(layers()), parts=True) or "")
 
 
+def test_optimizers_may_look_at_whole_parameters_but_not_draw_numbers():
+    for name in ("norm", "mean", "largest", "factored"):
+        assert objection(WRONG[name][0](layers()), parts=False) is None
+    assert "depends on chance" in objection(WRONG["noise"][0](layers()), parts=False)
+
+
 class Together(torch.optim.Optimizer):
     """Steps by the norm of all gradients."""
 

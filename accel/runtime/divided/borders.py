@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ...errors import PrepareError
 from .tensor import Divided, divide, part_of
 
 
@@ -19,8 +18,7 @@ class Borders:
     parts. So before such hooks parts become plain tensors, and after them divided ones again.
     """
 
-    def __init__(self, model: nn.Module, setting: str) -> None:
-        self.setting = setting
+    def __init__(self, model: nn.Module) -> None:
         self.kept: list[list[Any]] = []
         self.handles = {
             module: module.register_forward_pre_hook(self._restore, prepend=True, with_kwargs=True)
@@ -29,16 +27,8 @@ class Borders:
         }
 
     def mark(self) -> None:
-        """Called when all hooks are there; leaves ours only where others stand before them.
-
-        Raises PrepareError for a module that is compiled.
-        """
+        """Called when all hooks are there; leaves ours only where others stand before them."""
         for module, handle in self.handles.items():
-            if module._compiled_call_impl is not None:
-                raise PrepareError(
-                    f"{self.setting}: a {type(module).__name__} in this model is compiled, and a compiler does not "
-                    "see parts of sequences as its code does; leave out `compile`"
-                )
             if next(iter(module._forward_pre_hooks)) == handle.id:
                 handle.remove()
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...errors import PrepareError
 from ..example import Inputs, tried_out
 from ..nested import map_tensors, tensors
 from ..shards import held_parameters
 from .tensor import Divided, whole_of
+
+
+def refuse_compiled(modules: Mapping[str, nn.Module], setting: str) -> None:
+    """Raise PrepareError for a module, by name, that is compiled; `setting` is the strategy that divides the model."""
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled where it was never imported
+    for name, module in modules.items():
+        if dynamo and (module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule)):
+            raise PrepareError(
+                f"{setting}: {name or 'the model'!r} is compiled, and torch.compile does not follow tensors that are "
+                f"parts and look whole to a model's code; leave `compile` out, here and beside {setting}"
+            )
 
 
 @dataclass(frozen=True)

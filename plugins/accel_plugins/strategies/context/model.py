@@ -40,6 +40,8 @@ class SequenceModel:
         self.group = axis.group
         self.peers = SequencePeers(axis.size, axis.index, axis.size, self.group, method=options.attention)
         self.announced, self._queued, self._depth = False, False, 0
+        self._modules = dict(model.named_modules())
+        self.check_compiled()
         self._check_parameters()
         broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], self.group)
         inputs = example_inputs(model, options.example, "strategies.context.example")
@@ -47,7 +49,7 @@ class SequenceModel:
         self.dims = sequence_dims(model, inputs, options.dims)
         inputs = lengthened(self.model, inputs, self.dims, axis.size)
         self.numbers = Numbers(model, inputs, self.group, strategy.device)
-        self.borders = Borders(model, "strategies.context")
+        self.borders = Borders(model)
         self._divide(inputs)
         self.numbers.share()
 
@@ -55,8 +57,16 @@ class SequenceModel:
         """Copies of the model are whole: nobody would average their gradients."""
         return type(None), ()
 
+    def check_compiled(self) -> None:
+        """Raise PrepareError for a module that is compiled."""
+        check.refuse_compiled(self._modules, "strategies.context")
+
     def before_forward(self) -> None:
-        """Let all processes go on alike where they compute the same, such as dropout on what is whole."""
+        """Let all processes go on alike where they compute the same, such as dropout on what is whole.
+
+        Raises PrepareError for what was compiled since.
+        """
+        self.check_compiled()
         self._queued = False
         self.borders.mark()
         if self.model.training:

@@ -59,6 +59,10 @@ class Context(Strategy):
         if self.mesh.size > 1:
             self.models[model] = SequenceModel(model, self)
 
+    def check_model(self, model: nn.Module) -> None:
+        if model in self.models:
+            self.models[model].check_compiled()
+
     def before_forward(self, model: nn.Module) -> None:
         if model in self.models:
             self.models[model].before_forward()

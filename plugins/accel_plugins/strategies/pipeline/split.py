@@ -80,7 +80,8 @@ def balance(found: Trace, blocks: set[str], stages: int, sizes: dict[str, int]) 
         names = ", ".join(dict.fromkeys(found.calls[place].part for place in starts)) or "none"
         raise PrepareError(
             f"strategies.pipeline: {stages} stages need as many blocks, and this model calls {len(starts)}: {names}; "
-            "use fewer processes along the pipeline, or name blocks with strategies.pipeline.split"
+            "use fewer processes along the pipeline, another schedule than interleaved, which makes two stages for "
+            "each, or name blocks with strategies.pipeline.split"
         )
     costs = _costs(found, sizes)
     pieces = [sum(costs[a:b]) for a, b in pairwise([0, *starts[1:], len(costs)])]

@@ -45,7 +45,7 @@ class Activations:
                 "strategies.tensor.example, or leave the option out"
             )
         if self.sequence:
-            self.peers.begins = Borders(self.model, SEQUENCE).begin  # at the next forward, when all hooks are there
+            self.peers.begins = Borders(self.model).begin  # at the next forward, when all hooks are there
 
     def describe(self, found: dict[str, str]) -> None:
         """Add to what is said of each layer."""

@@ -37,6 +37,8 @@ class DividedModel:
         axis = strategy.mesh
         self.group, self.device_mesh = axis.group, axis.device_mesh
         self.peers = Peers(axis.size, axis.index, axis.size, self.group)
+        self._modules = dict(model.named_modules())
+        self.check_compiled()
         self._check_parameters()
         originals = held_parameters(model)
         broadcast_in_place([t.detach() for t in (*originals, *model.buffers())], self.group)
@@ -52,17 +54,15 @@ class DividedModel:
         self._check_any()
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
-        self._modules = dict(model.named_modules())
         self.numbers.share()
+
+    def check_compiled(self) -> None:
+        """Raise PrepareError for a module that is compiled."""
+        check.refuse_compiled(self._modules, "strategies.tensor")
 
     def before_forward(self) -> None:
         """Let replicated activations draw the same dropout masks. Raises PrepareError for what was compiled since."""
-        for name, module in self._modules.items():
-            if module._compiled_call_impl is not None:
-                raise PrepareError(
-                    f"tensor: {name or 'the model'!r} is compiled, and layers that are divided cannot be: "
-                    "torch.compile does not follow tensors that look whole; leave compile out"
-                )
+        self.check_compiled()
         if self.model.training:
             self.numbers.share()
 

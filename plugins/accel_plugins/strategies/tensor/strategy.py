@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accel.config import setting
 from accel.config.example import parse_example
-from accel.errors import ConfigError, PrepareError
+from accel.errors import ConfigError
 from accel.interfaces import Axis, Strategy
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ class Tensor(Strategy):
 
         Whatever else is done with logits that leave the model must then be done on all processes."""
 
+        step_on: Literal["parts", "whole"] = "parts"
+        """What an optimizer sees while it steps: divided parameters, or all of them gathered whole.
+
+        `whole` takes their memory, and that of gradients and optimizer state, for the length of a step. It is for
+        optimizers that do more with a parameter than divided ones allow, such as Muon and Adafactor."""
+
         example: Mapping[str, str] = setting({})
         """Inputs on which the model runs, by argument (`tokens: "int64[2, 8] < 100"`); by default made up."""
 
@@ -67,14 +73,19 @@ class Tensor(Strategy):
         if self.mesh.size > 1:
             self.models[model] = DividedModel(model, self)
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        from torch.optim import Muon
+    def check_model(self, model: nn.Module) -> None:
+        if model in self.models:
+            self.models[model].check_compiled()
 
-        if self.models and isinstance(optimizer, Muon):
-            raise PrepareError(
-                "prepare: tensor cannot train with the optimizer Muon: it adds up products of divided matrices in "
-                "bfloat16, so that steps depend on the number of processes; use another, such as torch.optim.AdamW"
-            )
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        if self.models:
+            from .optimizers import check_optimizer
+
+            check_optimizer(optimizer, self)
+
+    @property
+    def steps_whole(self) -> bool:
+        return bool(self.options.step_on == "whole")
 
     def before_forward(self, model: nn.Module) -> None:
         if model in self.models:

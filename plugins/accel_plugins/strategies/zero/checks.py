@@ -17,15 +17,10 @@ from torch.optim import Optimizer
 
 from accel.errors import PrepareError
 from accel.runtime.adopt import own_class
-from accel.runtime.elementwise import objection
+from accel.runtime.elementwise import never_divided, objection
 
 if TYPE_CHECKING:
     from .strategy import Zero
-
-_NOT_SHARDABLE = {
-    torch.optim.LBFGS: "it flattens all parameters and calls the model itself",
-    torch.optim.SparseAdam: "it takes sparse gradients, which cannot be divided",
-}
 
 
 def check_model(model: nn.Module, strategy: Zero) -> None:
@@ -37,9 +32,8 @@ def check_model(model: nn.Module, strategy: Zero) -> None:
 
 def check_optimizer(optimizer: Optimizer, strategy: Zero) -> None:
     """Raise PrepareError for an optimizer that cannot work on parts of parameters."""
-    for kind, reason in _NOT_SHARDABLE.items():
-        if isinstance(optimizer, kind):
-            raise _refusal(optimizer, strategy, f"{reason}; ")
+    if never := never_divided(optimizer):
+        raise _refusal(optimizer, strategy, f"{never}; ")
     if not any(model.exchange is not None for model in strategy.models.values()):
         return
     found = objection(optimizer, parts=not strategy.steps_whole)

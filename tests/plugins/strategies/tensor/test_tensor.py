@@ -122,7 +122,7 @@ def infer():
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
     model.blocks[1].compile(backend="eager")
-    with pytest.raises(PrepareError, match=r"'blocks\.1' is compiled, and layers that are divided cannot be"):
+    with pytest.raises(PrepareError, match=r"'blocks\.1' is compiled, and torch.compile does not follow"):
         model(models.tokens(3))
 
 
@@ -244,16 +244,19 @@ def refuse_models():
     with pytest.raises(PrepareError) as caught:
         accelerator_for(2, {"tensor": {"size": 2}}).prepare(nn.Sequential(model))
     said.append(str(caught.value))
-    accelerator = accelerator_for(2, {"tensor": {"size": 2}})
-    model = accelerator.prepare(models.GPT())
+    model = models.GPT()
+    model.blocks[0].compile(backend="eager")
     with pytest.raises(PrepareError) as caught:
-        accelerator.prepare(torch.optim.Muon([p for p in model.parameters() if p.dim() == 2]))
+        accelerator_for(2, {"tensor": {"size": 2}}).prepare(model)
     return [*said, str(caught.value)]
 
 
-def test_models_that_cannot_be_tried_out_or_are_divided_already_are_refused():
-    for example, divided, optimizer in run(2, refuse_models):
-        assert "cannot train with the optimizer Muon" in optimizer
+def test_models_that_cannot_be_tried_out_or_are_divided_or_compiled_already_are_refused():
+    for example, divided, compiled in run(2, refuse_models):
+        assert (
+            "'blocks.0' is compiled" in compiled
+            and "leave `compile` out, here and beside strategies.tensor" in compiled
+        )
         assert "found no inputs on which OneHead runs" in example and "strategies.tensor.example" in example
         assert "is already divided over" in divided
 
@@ -268,6 +271,74 @@ def test_models_that_cannot_be_tried_out_or_are_divided_already_are_refused():
 def test_wrong_options_are_refused_before_a_worker_starts(options, message):
     with pytest.raises(ConfigError, match=message):
         Plan.of(Config().replace(strategies={"tensor": {"size": 2, **options}}, num_processes=2))
+
+
+class Change(torch.optim.Optimizer):
+    """Gradient descent by what a function makes of each parameter and its gradient."""
+
+    def __init__(self, parameters, change):
+        super().__init__(parameters, {})
+        self.change = change
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(self.change(p, p.grad), alpha=0.01)
+
+
+def muon(parameters):
+    return torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=0.01)
+
+
+def relative(p, gradient):
+    return gradient * p.norm() / (gradient.norm() + 1e-3)
+
+
+def inverted(p, gradient):
+    return gradient if p.dim() != 2 else torch.linalg.solve(gradient @ gradient.T + torch.eye(len(p)), gradient)
+
+
+def noisy(p, gradient):
+    return gradient + torch.randn_like(gradient)
+
+
+OPTIMIZERS = {
+    "LARS": (lambda p: Change(p, relative), None, None),
+    "Muon": (muon, "depend on the number of processes; set strategies.tensor.step_on: whole, or", None),
+    "Adafactor": (torch.optim.Adafactor, "set strategies.tensor.step_on: whole, or", None),
+    "Shampoo": (lambda p: Change(p, inverted), "mixed torch.Tensor and DTensor.*step_on: whole, or", None),
+    "noise": (lambda p: Change(p, noisy), "randn_like: random numbers", "depends on chance.*; use another"),
+    "LBFGS": (torch.optim.LBFGS, "flattens all parameters.*itself; use another", "flattens all .*; use another"),
+}
+"""Each with why it may not step divided parameters, and why not whole ones."""
+
+
+def step(step_on, make, refused):
+    accelerator, model = prepared(models.tied_gpt, step_on=step_on)
+    if refused:
+        with pytest.raises(PrepareError, match=f"(?s)tensor cannot train with the optimizer .*{refused}"):
+            accelerator.prepare(make(model.parameters()))
+        return
+    reference = make_of_seed(models.tied_gpt, 0)
+    optimizer, expected = accelerator.prepare(make(model.parameters())), make(reference.parameters())
+    for seed in range(2):
+        accelerator.backward(models.loss_of(model, seed))
+        models.loss_of(reference, seed).backward()
+        optimizer.step(), optimizer.zero_grad(), expected.step(), expected.zero_grad()
+    for (name, found), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if not name.endswith("k.bias"):  # attention does not depend on it: its gradient is noise
+            close = 1e-3 if make is muon else 2e-5  # Muon computes in bfloat16
+            torch.testing.assert_close(found.full_tensor().detach(), wanted.detach(), rtol=close, atol=close)
+
+
+def steps():
+    for make, in_parts, whole in OPTIMIZERS.values():
+        step("parts", make, in_parts)
+        step("whole", make, whole)
+
+
+def test_optimizers_step_as_on_one_process_or_are_refused_by_name():
+    run(2, steps)
 
 
 class Wrong(models.GPT):
