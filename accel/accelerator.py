@@ -165,7 +165,7 @@ class Accelerator(Saving):
         """Finish the trackers and leave the process group; all ranks. Happens by itself when the script ends."""
         self._finish_trackers()
         try:
-            self._checkpoints.wait()
+            self._checkpoints.finish()
         finally:
             self.wait_for_everyone()
             self.free_memory()

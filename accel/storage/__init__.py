@@ -1,7 +1,7 @@
 """Checkpoint folders on disk: bytes, manifests, names. Needs no torch, so that the command line can use it too."""
 
 from .checked import LATER, NOW, CheckedReader
-from .commit import aside, commit, commit_files, discard, open_aside, remove
+from .commit import aside, clear, commit, commit_files, delete, discard, open_aside, remove
 from .disk import CHUNK, Geometry, Range, Reader, Writer, checksum
 from .folders import FOLDER, complete, find, named, newest_first, next_folder, parse_size, rotate
 from .manifest import MANIFEST, Manifest, Problem, read_manifest
@@ -22,9 +22,11 @@ __all__ = [
     "Writer",
     "aside",
     "checksum",
+    "clear",
     "commit",
     "commit_files",
     "complete",
+    "delete",
     "discard",
     "find",
     "merge",

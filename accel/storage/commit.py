@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,11 +38,11 @@ def open_aside(folder: Path) -> None:
         aside(folder).mkdir(parents=True)
 
 
-def commit(folder: Path) -> None:
+def commit(folder: Path) -> list[Path]:
     """Give the finished folder its name. Raises CheckpointError, and then the one that had the name still has it.
 
-    If killed between the two renames of a replacement, the old one is found under its second name. What others have
-    put into the old one is also in the new one.
+    Returns where the one is now that had it, if any, for `clear`. If killed between the two renames of a replacement,
+    the old one is found under its second name. What others have put into the old one is also in the new one.
     """
     with naming(folder, "written"):
         replaces = folder.exists()
@@ -49,7 +50,7 @@ def commit(folder: Path) -> None:
             _keep_others(folder)
         flush_folder(aside(folder))
         if replaces:
-            shutil.rmtree(older(folder), ignore_errors=True)
+            clear([older(folder), doomed(folder)])  # what killed processes have left
             folder.rename(older(folder))
         try:
             aside(folder).rename(folder)
@@ -58,7 +59,18 @@ def commit(folder: Path) -> None:
                 older(folder).rename(folder)
             raise
         flush_folder(folder.parent)
-    shutil.rmtree(older(folder), ignore_errors=True)
+    if not replaces:
+        return []
+    try:
+        return [older(folder).rename(doomed(folder))]  # so that it is never found half deleted
+    except OSError:  # what killed processes have left is still there
+        return [older(folder)]
+
+
+def clear(folders: Iterable[Path]) -> None:
+    """Delete what was replaced; what cannot be deleted, as somebody reads it, goes the next time."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_others(folder: Path) -> None:
@@ -109,8 +121,20 @@ def sweep(home: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that it is never found half deleted. Raises CheckpointError."""
+    delete([doom(folder)])
+
+
+def doom(folder: Path) -> Path:
+    """Take a checkpoint's name away; returns the one by which it is to be deleted. Raises CheckpointError."""
     with naming(folder, "deleted"):
         if doomed(folder).exists():
             shutil.rmtree(doomed(folder))
         folder.rename(doomed(folder))
-        shutil.rmtree(doomed(folder))
+    return doomed(folder)
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Delete folders one after another. Raises CheckpointError."""
+    for folder in folders:
+        with naming(folder, "deleted"):
+            shutil.rmtree(folder)

@@ -11,8 +11,8 @@ from pathlib import Path
 import xxhash
 
 from ..errors import CheckpointError
-from .direct import DirectWriter
-from .files import Files, naming
+from .direct import Stream
+from .files import Files, naming, write_all
 from .mapped import show
 
 CHUNK = 16 << 20
@@ -119,35 +119,34 @@ class Writer(Files):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.written: list[Range] = []
-        self._direct = DirectWriter(folder)
+        self._stream = Stream(folder, self)
 
     def create(self, file: str, size: int, head: bytes) -> None:
         """Make a file of this size that begins with `head`."""
         with naming(self.folder / file, "written"):
             os.ftruncate(self.open(file, os.O_CREAT | os.O_EXCL), size)
-        self.write(file, Geometry(0, len(head)), memoryview(head))
+            write_all(self.open(file), memoryview(head), 0)
+        self.written.append(Range(0, len(head), file=file, checksum=checksum(head)))
 
     def write(self, file: str, geometry: Geometry, data: memoryview, tensor: str = "") -> None:
-        """Write `geometry.total` bytes."""
-        with naming(self.folder / file, "written"):
-            for i, offset in enumerate(geometry.runs()):
-                self._drain(file, data[i * geometry.size : (i + 1) * geometry.size], offset)
+        """Take `geometry.total` bytes, which are written by `flush`. Raises CheckpointError, also for those before."""
         g = geometry
+        with naming(self.folder / file, "written"):
+            if g.count == 1:
+                self._stream.write(file, data, g.offset)
+            else:
+                for i, offset in enumerate(g.runs()):
+                    write_all(self.open(file), data[i * g.size : (i + 1) * g.size], offset)
         self.written.append(Range(g.offset, g.size, g.count, g.stride, file, checksum(data), tensor))
 
-    def _drain(self, file: str, data: memoryview, offset: int) -> None:
-        first, last = self._direct.write(file, data, offset)
-        for start, stop in ((0, first), (last, len(data))):
-            while start < stop:
-                start += os.pwrite(self.open(file), data[start:stop], offset + start)
-
     def close(self) -> None:
-        """Close all files."""
-        self._direct.close()
+        """Close all files; only `flush` tells whether all was written."""
+        self._stream.close()
         super().close()
 
     def flush(self) -> None:
-        """Wait until everything is on disk."""
-        for name in {*self.names, *self._direct.names}:
+        """Wait until everything is on disk. Raises CheckpointError."""
+        self._stream.wait()
+        for name in self.names:
             with naming(self.folder / name, "written"):
                 os.fsync(self.open(name))

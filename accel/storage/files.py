@@ -56,6 +56,13 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_all(handle: int, data: memoryview, offset: int) -> None:
+    """Write bytes at a place of an open file, in as many writes as the system takes for it. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], offset + done)
+
+
 @contextmanager
 def naming(path: Path, participle: str) -> Iterator[None]:
     """Turn an OSError into a CheckpointError that names the path."""

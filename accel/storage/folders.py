@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .commit import older, remove, sweep
+from .commit import doom, older, sweep
 from .manifest import Manifest, read_manifest
 
 FOLDER = "checkpoints"
@@ -51,13 +51,13 @@ def complete(folder: Path) -> Manifest:
 
 
 def rotate(home: Path, limit: int) -> list[Path]:
-    """Delete all but the newest `limit` complete checkpoints, oldest first; unfinished ones are let be."""
+    """Take away the names of all but the newest `limit` complete checkpoints; unfinished ones are let be.
+
+    Returns what is to be deleted, oldest first. Raises CheckpointError.
+    """
     sweep(home)
     whole = [path for path in newest_first(home) if path.is_dir() and _is_complete(path)]
-    old = list(reversed(whole[limit:]))
-    for path in old:
-        remove(path)
-    return old
+    return [doom(path) for path in reversed(whole[limit:])]
 
 
 def _is_complete(folder: Path) -> bool:

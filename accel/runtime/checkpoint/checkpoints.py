@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...errors import CheckpointError, DamagedError
 from ...interfaces import Checkpoint
 from ...storage import Manifest, Range
 from ..world import World
+from .background import Background
 from .contents import Contents, State, collect, collect_model
 from .exchange import Exchange
 from .fit import Differences
@@ -38,8 +39,8 @@ class Checkpoints:
     def __init__(self, format: Checkpoint, world: World, home: Path, limit: int | None, timeout: float) -> None:
         self.format, self.world, self.home, self.limit = format, world, home, limit
         self.exchange = Exchange(world, timeout)
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._writing = Background("accel-checkpoint", "the checkpoint begun before was not written")
+        self._deleting = Background("accel-deletion", "an old checkpoint was not deleted")
         self._buffer: Tensor | None = None
         self._layout: Layout | None = None
 
@@ -51,12 +52,14 @@ class Checkpoints:
         folder = folder or self.exchange.from_main(lambda: storage.next_folder(self.home))
         contents = collect(state)
         work, self._layout = plan(folder, contents, state, self.format, self.exchange, self._layout)
+        atexit.unregister(self._finish_at_exit)
+        atexit.register(self._finish_at_exit)  # before the process group is left, since it comes after that in the list
         facts = {"step": state.step, "created": round(time.time(), 3), "processes": self.world.size}
         if blocking:
             self._write(work, facts, numbered)
         else:
             work.copy(self._staging(work.size))
-            self._start(work, facts, numbered)
+            self._writing.start(lambda: self._write(work, facts, numbered))
         return folder
 
     def exist(self) -> bool:
@@ -100,12 +103,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what is being written is on disk. Raises CheckpointError if it could not be written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise CheckpointError(f"the checkpoint begun before was not written: {failure}") from failure
+        self._writing.wait()
+
+    def finish(self) -> None:
+        """Until nothing is being done behind the training. Raises CheckpointError, for deletions on rank 0 only."""
+        self._writing.wait()
+        self._deleting.wait()
 
     def forget(self) -> None:
         """Give back the memory for snapshots; one that is being written keeps its own until it is."""
@@ -115,28 +118,16 @@ class Checkpoints:
         def finish(ranges: Sequence[Range]) -> None:
             manifest = Manifest({file.name: file.size for file in work.files}, ranges, facts)
             manifest.write(storage.aside(work.folder))
-            storage.commit(work.folder)
-            if numbered and self.limit is not None:
-                storage.rotate(self.home, self.limit)
+            replaced = storage.commit(work.folder)
+            old = storage.rotate(self.home, self.limit) if numbered and self.limit is not None else []
+            self._deleting.start(partial(_clear_up, replaced, old))
 
-        write(work, finish, self.exchange)
+        write(work, finish, self.exchange, begin=self._deleting.wait)
 
-    def _start(self, work: Work, facts: dict[str, Any], numbered: bool) -> None:
-        def run() -> None:
-            try:
-                self._write(work, facts, numbered)
-            except Exception as error:  # noqa: BLE001 - it surfaces at the next call
-                self._failure = error
-
-        atexit.unregister(self._wait_at_exit)
-        atexit.register(self._wait_at_exit)  # before the process group is left, since it comes after that in the list
-        self._thread = threading.Thread(target=run, name="accel-checkpoint")
-        self._thread.start()
-
-    def _wait_at_exit(self) -> None:
-        """As `wait`; a failure makes the exit code 1, which an exception at this late hour would not."""
+    def _finish_at_exit(self) -> None:
+        """As `finish`; a failure makes the exit code 1, which an exception at this late hour would not."""
         try:
-            self.wait()
+            self.finish()
         except CheckpointError as error:
             print(f"accel: {error}", file=sys.stderr)
             sys.stdout.flush(), sys.stderr.flush()
@@ -160,3 +151,9 @@ class Checkpoints:
                     warnings.warn(f"load_state: passed over {os.fspath(folder)}: {error}", stacklevel=4)
         why = "; passed over " + "; ".join(passed) if passed else "; save_state() writes one"
         raise CheckpointError(f"{self.home}: no complete checkpoint{why}")
+
+
+def _clear_up(replaced: Sequence[Path], old: Sequence[Path]) -> None:
+    """Delete what a checkpoint has replaced and what was rotated out. Raises CheckpointError for the latter."""
+    storage.clear(replaced)
+    storage.delete(old)

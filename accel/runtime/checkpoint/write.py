@@ -141,13 +141,21 @@ def plan_work(folder: Path, layout: Layout, contents: Contents, rank: int) -> Wo
     return Work(folder, list(layout.files) if rank == 0 else [], pieces)
 
 
-def write(work: Work, finish: Callable[[list[Range]], None], exchange: Exchange) -> None:
+def write(
+    work: Work, finish: Callable[[list[Range]], None], exchange: Exchange, begin: Callable[[], None] = lambda: None
+) -> None:
     """Write everything beside the folder, wait until it is on disk, and let rank 0 finish; all ranks.
 
-    Raises CheckpointError on all ranks if any of them fails, and leaves nothing behind.
+    Before anything is written, rank 0 begins. Raises CheckpointError on all ranks if any of them fails, and leaves
+    nothing behind.
     """
+
+    def create() -> list[Range]:
+        begin()
+        return _create(work)
+
     try:
-        heads = exchange.from_main(lambda: _create(work))
+        heads = exchange.from_main(create)
         written = exchange.together(lambda: _write_pieces(work))
         exchange.from_main(lambda: finish([*heads, *(r for ranges in written for r in ranges)]))
     except Exception:
@@ -168,7 +176,7 @@ def _create(work: Work) -> list[Range]:
 def _write_pieces(work: Work) -> list[Range]:
     """Write this process's bytes and wait until they are on disk; returns what was written."""
     with Writer(storage.aside(work.folder)) as writer:
-        for piece in work.pieces:
+        for piece in sorted(work.pieces, key=lambda piece: (piece.place.file, piece.place.offset)):  # as they will lie
             data = piece.bytes().numpy().data
             done = 0
             for geometry in piece.geometries():

@@ -87,7 +87,7 @@ def fail_behind(folder: Path) -> list[str]:
     for then in (lambda: accelerator.save_state(folder / "c"), lambda: accelerator.load_state(folder / "c")):
         with failing("pwrite", errno.ENOSPC, 0 if accelerator.is_last_process else 1 << 30):
             accelerator.save_state(folder / "c", blocking=False)
-            accelerator._checkpoints._thread.join()
+            accelerator._checkpoints._writing._thread.join()
         with pytest.raises(CheckpointError) as raised:
             then()
         messages.append(str(raised.value))

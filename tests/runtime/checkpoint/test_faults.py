@@ -52,6 +52,7 @@ def survive_faults(folder: Path) -> list[str]:
     # rank 0 alone makes files and finishes: two of the faults never strike another rank
     messages += [] if saved == 2 * (accelerator.num_processes - 1) else [f"{saved} saved"]
     accelerator.save_state(folder / "c")
+    accelerator.end_training()
     return messages
 
 
@@ -101,6 +102,7 @@ def save_numbered(project: str, count: int, settings: dict[str, object]) -> list
         train(accelerator, net, optimizer, 1)
         accelerator.save_state()
         saved.append(whole(net, optimizer, accelerator))
+    accelerator.end_training()
     return saved
 
 
@@ -151,6 +153,26 @@ def test_rotation_deletes_the_oldest_after_the_new_one_is_there(tmp_path: Path) 
     (home / ".checkpoint_7.deleting" / "left").mkdir(parents=True)  # by a deletion that was killed
     run(2, save_numbered, str(tmp_path), 4, {"total_limit": 2})
     assert sorted(os.listdir(home)) == ["checkpoint_0", "checkpoint_3", "checkpoint_4"]
+
+
+def fail_to_delete(project: str) -> list[str]:
+    accelerator, _, _ = prepared({**ZERO, "project_dir": project, "total_limit": 1})
+    accelerator.save_state()
+    with failing("unlink", errno.EIO):
+        accelerator.save_state()
+        if accelerator.is_main_process:
+            accelerator._checkpoints._deleting._thread.join()
+    assert len(os.listdir(Path(project, "checkpoints"))) == 2
+    with pytest.raises(CheckpointError, match=r"old checkpoint was not deleted: .*checkpoint_0\.del.*Input/output"):
+        accelerator.save_state()
+    accelerator.save_state()
+    accelerator.end_training()
+    return os.listdir(Path(project, "checkpoints"))
+
+
+def test_a_failing_deletion_is_told_by_the_next_save(tmp_path: Path) -> None:
+    """On all ranks, and made good by the one after it."""
+    assert run(2, fail_to_delete, str(tmp_path)) == [["checkpoint_2"]] * 2
 
 
 def refuse_damaged(folder: Path) -> list[str]:
@@ -232,6 +254,7 @@ def test_a_killed_process_leaves_the_old_one(tmp_path: Path, calls: int) -> None
     accelerator.load_state(tmp_path / "c")
     assert all(state["step"] == 2 for state in optimizer.state.values())
     accelerator.save_state(tmp_path / "c")
+    accelerator.end_training()
     assert os.listdir(tmp_path) == ["c"]
 
 
@@ -259,6 +282,7 @@ def test_what_others_keep_in_the_folder_stays(tmp_path: Path) -> None:
     accelerator.save_state(folder)
     accelerator.save_state(folder, blocking=False)
     accelerator.load_state(folder)
+    accelerator.end_training()
     assert (folder / "notes" / "day").read_text() == (folder / "link").read_text() == "one"
     assert (folder / "tokenizer.json").read_text() == "{}"
     assert not (folder / "model_2-00001-of-00002.safetensors").exists()
