@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import PrepareError
+from ..interfaces import Axis
 from .graph import nodes_of
 from .shards import whole_tensor
 
@@ -45,8 +46,13 @@ def penalties(loss: Tensor, weight: float) -> Iterator[None]:
 
 
 def _divided_leaves(nodes: Iterable[Any]) -> list[Any]:
-    """Those of a loss's nodes through which it gives divided parameters their gradients."""
-    return [node for node in nodes if isinstance(getattr(node, "variable", None), DTensor)]
+    """Those of a loss's nodes through which it gives parameters that are divided over batches their gradients."""
+    return [node for node in nodes if _is_divided(getattr(node, "variable", None))]
+
+
+def _is_divided(value: Any) -> bool:
+    """Whether this is divided among processes with other batches: layers of `Axis.TENSOR` see the same one."""
+    return isinstance(value, DTensor) and value.device_mesh.mesh_dim_names != (Axis.TENSOR,)
 
 
 def _borders(loss: Tensor, nodes: Iterable[Any], leaves: Iterable[Any]) -> list[Any]:

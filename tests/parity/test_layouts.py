@@ -44,7 +44,7 @@ SETTINGS = {
     "bf16": {"mixed_precision": "bf16"},
     "fp16": {"mixed_precision": {"fp16": {"initial_scale": 1024}}},
 }
-TASK = Run("transformer", adamw, accumulation=2, length=40, explicit=True)
+TASK = Run("transformer", adamw, accumulation=2, length=37, explicit=True)
 CLIP = 0.5
 
 

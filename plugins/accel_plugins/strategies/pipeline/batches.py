@@ -58,9 +58,15 @@ def named_tensors(forward: Callable[..., Any], args: Any, kwargs: Any) -> list[t
 
 
 class Batch:
-    """The arguments of one forward call, whole and in micro-batches of nearly equal size."""
+    """The arguments of one forward call, whole and in micro-batches of nearly equal size.
 
-    def __init__(self, forward: Callable[..., Any], args: Any, kwargs: Any, layout: Layout, count: int) -> None:
+    Where there are fewer samples than `count`, there are fewer micro-batches. With `padded`, as many as that go through
+    the stages all the same: the others repeat the first, and count for nothing.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], args: Any, kwargs: Any, layout: Layout, count: int, padded: bool = False
+    ) -> None:
         _refuse_divided(args, kwargs)
         named = named_tensors(forward, args, kwargs)
         paths = {id(tensor): path for path, tensor in named}
@@ -69,7 +75,9 @@ class Batch:
         self.tensors: list[Tensor] = []
         self.skeleton = map_tensors(self._place, (args, kwargs))
         self.batched = [layout.is_batched(paths.get(id(t), ""), t, self.samples) for t in self.tensors]
-        count = max(min(count, self.samples or 1), 1)
+        count, wanted = max(min(count, self.samples or 1), 1), count
+        self.passes = wanted if padded else count
+        """Micro-batches that go through the stages."""
         self.sizes = [len(part) for part in torch.arange(self.samples or 1).tensor_split(count)]
         with torch.no_grad():
             self._parts = [
@@ -85,12 +93,14 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Micro-batches."""
+        """Micro-batches that hold samples."""
         return len(self.sizes)
 
     def values(self, index: int | None) -> list[Tensor]:
         """The tensors of a micro-batch, or of the whole."""
-        return [t.detach() for t in self.tensors] if index is None else [parts[index] for parts in self._parts]
+        if index is None:
+            return [t.detach() for t in self.tensors]
+        return [parts[index if index < self.count else 0] for parts in self._parts]
 
     def kind(self, index: int | None) -> Any:
         """What micro-batches that are alike have in common: the shapes of their tensors."""
@@ -106,7 +116,7 @@ class Batch:
 
     def add_gradient(self, place: int, index: int | None, gradient: Tensor | None) -> None:
         """Note the gradient of a micro-batch's tensor, or of the whole one."""
-        if gradient is None:
+        if gradient is None or (index is not None and index >= self.count):
             return
         total = self._gradients.setdefault(place, {}).setdefault(0, torch.zeros_like(self.tensors[place]))
         if index is None or not self.batched[place]:

@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from accel.runtime.adopt import own_method
@@ -39,6 +40,8 @@ class StagedModel:
         self.recomputes = strategy.options.schedule == "1f1b"
         self.weights_wait = strategy.options.schedule == "zero_bubble"
         self.micro_batches = strategy.options.micro_batches or 2 * self.ranks
+        self.among_others = dist.get_world_size() > self.ranks
+        """Whether others may gather parameters with these processes, and so must go through as many passes."""
         self.streams, self.wire = Streams(self.device), Wire(strategy.mesh.group, self.device)
         broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], strategy.mesh.group)
         self.own_forward = own_method(model, "forward")
@@ -76,7 +79,7 @@ class StagedModel:
         if torch.is_inference_mode_enabled():  # whose tensors tell no changes in place
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(*args, **kwargs)
-        batch = Batch(self.own_forward, args, kwargs, self.layout, self.micro_batches)
+        batch = Batch(self.own_forward, args, kwargs, self.layout, self.micro_batches, self.among_others)
         learns = torch.is_grad_enabled()
         self.tied.watch()
         flight = Flight(self, batch, learns)

@@ -51,7 +51,7 @@ class Flight:
         The last value says which tensors learn. Raises the error of this stage, or PrepareError that names another's.
         """
         model = self.model
-        steps = fill(model.rank, model.ranks, model.split.stages, self.batch.count)
+        steps = fill(model.rank, model.ranks, model.split.stages, self.batch.passes)
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             message = self._receive(step)
             if following is not None and following.stage:
@@ -77,7 +77,7 @@ class Flight:
             )
         self._drained = True
         model = self.model
-        steps = drain(model.rank, model.ranks, model.split.stages, self.batch.count)
+        steps = drain(model.rank, model.ranks, model.split.stages, self.batch.passes)
         ahead = deque(steps)
         with model.tied.collecting():
             ends = self._backward_end(gradients) if model.is_last else []
@@ -99,8 +99,10 @@ class Flight:
         batch = self.batch
         done = Pass(self.model, step.stage, batch.skeleton, batch.values(step.micro_batch), batch.learning(), message)
         try:
-            done.run(self._keeps, self._hearing.listens)
-            self._hearing.compare(step.stage, done.answers)
+            listens = self._hearing.listens and step.micro_batch < batch.count
+            done.run(self._keeps, listens)
+            if listens:
+                self._hearing.compare(step.stage, done.answers)
         except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
             self._fail(error, f"stage {step.stage}")
             return self._failure  # type: ignore[return-value]
@@ -191,14 +193,16 @@ class Flight:
         tail = self._tail
         assert tail is not None
         outputs = [tensor for tensor in self._outputs if tensor.requires_grad]
-        found = iter(tail.backward(outputs, gradients))
+        back = iter(tail.backward(outputs, gradients))
         self._finish_step(Step(self.model.split.stages, 0), tail)
-        merged = [next(found) if learns else None for learns in self._merged.learns]
+        merged = [next(back) if learns else None for learns in self._merged.learns]
         for place, arrival in tail.inputs.items():
             self.batch.add_gradient(place, None, arrival.gradient)
         messages = [self._ends.pop(index) for index in range(self.batch.count)]
         self._outputs, self._tail = [], None
-        return separate(merged, self._merged, self._origins, messages, self.model.split)
+        found = separate(merged, self._merged, self._origins, messages, self.model.split)
+        rest = [self._ends.pop(index) for index in range(self.batch.count, self.batch.passes)]
+        return found + [[torch.zeros_like(tensor) for tensor in message.payload] for message in rest]
 
     def _recompute(self, step: Step) -> None:
         self._passes[step].run_again()
