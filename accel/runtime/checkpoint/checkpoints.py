@@ -27,7 +27,7 @@ from .fit import Differences
 from .load import Skipped, load, load_weights, plan_weights
 from .memory import fresh
 from .read import Parts
-from .write import Layout, Work, plan, plan_layout, plan_work, write
+from .write import Layout, Piece, Work, plan, plan_layout, plan_work, size_of, snapshot, write
 
 
 class Checkpoints:
@@ -41,7 +41,7 @@ class Checkpoints:
         self.exchange = Exchange(world, timeout)
         self._writing = Background("accel-checkpoint", "the checkpoint begun before was not written")
         self._deleting = Background("accel-deletion", "an old checkpoint was not deleted")
-        self._buffer: Tensor | None = None
+        self._buffers: dict[str, Tensor] = {}
         self._layout: Layout | None = None
 
     def save(self, folder: Path | None, state: State, blocking: bool) -> Path:
@@ -51,14 +51,15 @@ class Checkpoints:
         numbered = folder is None
         folder = folder or self.exchange.from_main(lambda: storage.next_folder(self.home))
         contents = collect(state)
-        work, self._layout = plan(folder, contents, state, self.format, self.exchange, self._layout)
+        copy = None if blocking else lambda work: self._snapshot("tensors", work.pieces)
+        work, self._layout = plan(folder, contents, state, self.format, self.exchange, self._layout, copy)
         atexit.unregister(self._finish_at_exit)
         atexit.register(self._finish_at_exit)  # before the process group is left, since it comes after that in the list
         facts = {"step": state.step, "created": round(time.time(), 3), "processes": self.world.size}
         if blocking:
             self._write(work, facts, numbered)
         else:
-            work.copy(self._staging(work.size))
+            self._snapshot("small", work.small)
             self._writing.start(lambda: self._write(work, facts, numbered))
         return folder
 
@@ -112,7 +113,8 @@ class Checkpoints:
 
     def forget(self) -> None:
         """Give back the memory for snapshots; one that is being written keeps its own until it is."""
-        self._buffer = self._layout = None
+        self._buffers.clear()
+        self._layout = None
 
     def _write(self, work: Work, facts: dict[str, Any], numbered: bool) -> None:
         def finish(ranges: Sequence[Range]) -> None:
@@ -133,11 +135,13 @@ class Checkpoints:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(1)
 
-    def _staging(self, size: int) -> Tensor:
-        """Memory for a snapshot, kept for the next one: fresh memory costs more than the copy itself."""
-        if self._buffer is None or len(self._buffer) != size:
-            self._buffer = fresh((size,), torch.uint8)
-        return self._buffer
+    def _snapshot(self, kind: str, pieces: Sequence[Piece]) -> None:
+        """Copy pieces into memory that is kept for the next time: fresh memory costs more than the copy itself."""
+        size = size_of(pieces)
+        if kind not in self._buffers or len(self._buffers[kind]) != size:
+            self._buffers.pop(kind, None)
+            self._buffers[kind] = fresh((size,), torch.uint8)
+        snapshot(pieces, self._buffers[kind])
 
     def _load_newest(self, state: State, strict: bool) -> tuple[Path, Skipped]:
         """Take over the newest checkpoint that is whole. Raises CheckpointError telling why each was passed over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -109,7 +110,7 @@ def collect(state: State) -> Contents:
     contents = Contents()
     contents.values = {
         "step": state.step,
-        "versions": {"accel": version("accel-torch"), "torch": torch.__version__},
+        "versions": {"accel": _version(), "torch": torch.__version__},
         "config": pack(dict(state.config), contents.small),
         "models": [collect_model(contents, i, model) for i, model in enumerate(state.models)],
         "optimizers": [_collect_optimizer(contents, i, o, state.models) for i, o in enumerate(state.optimizers)],
@@ -123,6 +124,11 @@ def collect(state: State) -> Contents:
         packed = [_pack_of(objects[i], value, contents, f"{kind}.{i}") for i, value in enumerate(states)]
         contents.values[kind] = packed
     return contents
+
+
+@cache
+def _version() -> str:
+    return version("accel-torch")
 
 
 def _pack_of(owner: Any, state: Any, contents: Contents, path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,13 +76,18 @@ class Exchange:
     ) -> tuple[T, list[U]]:
         """Let each rank act, and return its own result and what each rank tells of its own; else as `together`."""
         attempt = _attempt(act)
-        outcomes = self.gather(([told(result) for result in attempt.result], attempt.failure))
-        failures = {rank: text for rank, (_, text) in enumerate(outcomes) if text}
-        if not failures:
-            return attempt.result[0], [value for values, _ in outcomes for value in values]
-        if len(set(failures.values())) == 1:
-            raise kind(next(iter(failures.values()))) from attempt.cause
-        raise kind("; ".join(f"rank {rank}: {text}" for rank, text in failures.items())) from attempt.cause
+        return _settle(attempt, self.gather(_telling(attempt, told)), kind)
+
+    def tell_while(
+        self, act: Callable[[], T], told: Callable[[T], U], meanwhile: Callable[[T], object]
+    ) -> tuple[T, list[U]]:
+        """As `tell`, and do something with the own result while the messages are under way; not while Python ends."""
+        attempt = _attempt(act)
+        with ThreadPoolExecutor(1) as pool:
+            outcomes = pool.submit(self.gather, _telling(attempt, told))
+            for result in attempt.result:
+                meanwhile(result)
+        return _settle(attempt, outcomes.result(), CheckpointError)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,20 @@ def _attempt(act: Callable[[], T]) -> Attempt[T]:
     except Exception as error:  # noqa: BLE001 - it is raised on all ranks
         known = isinstance(error, AccelError)
         return Attempt([], str(error) if known else f"{type(error).__name__}: {error}", error)
+
+
+def _telling(attempt: Attempt[T], told: Callable[[T], U]) -> tuple[list[U], str]:
+    return [told(result) for result in attempt.result], attempt.failure
+
+
+def _settle(attempt: Attempt[T], outcomes: list[tuple[list[U], str]], kind: type[CheckpointError]) -> tuple[T, list[U]]:
+    """The own result and what each rank told; raises what went wrong on any."""
+    failures = {rank: text for rank, (_, text) in enumerate(outcomes) if text}
+    if not failures:
+        return attempt.result[0], [value for values, _ in outcomes for value in values]
+    if len(set(failures.values())) == 1:
+        raise kind(next(iter(failures.values()))) from attempt.cause
+    raise kind("; ".join(f"rank {rank}: {text}" for rank, text in failures.items())) from attempt.cause
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from .exchange import Exchange
 from .memory import LARGE, copy_bytes
 from .ownership import Duty, Held, all_entries, duties
 from .parts import as_bytes, box_of, entry_of, geometries, item_size, local_of
+
+T = TypeVar("T")
 
 VALUES = "state.json"
 LARGEST_FILE = 5_000_000_000
@@ -55,29 +57,34 @@ class Piece:
 
 @dataclass
 class Work:
-    """What this process does for one checkpoint. `files` are all files on rank 0, which makes them, else none."""
+    """What this process does for one checkpoint: its `pieces` of models and optimizers.
+
+    On rank 0 also `small` ones of the rest, and all files, which it makes.
+    """
 
     folder: Path
     files: list[File]
     pieces: list[Piece]
+    small: list[Piece] = field(default_factory=list)
 
-    def copy(self, buffer: Tensor) -> None:
-        """Take a snapshot: from now on the tensors may change. The buffer has `size` bytes."""
-        done, ready = 0, []
-        for piece in self.pieces:
-            target = buffer[done : done + piece.duty.stop - piece.duty.start]
-            if len(target) >= LARGE and piece.is_ready:
-                ready.append((target, piece.bytes()))
-            else:
-                target.copy_(piece.bytes())
-            piece.copy = target
-            done += len(target)
-        copy_bytes(ready)
 
-    @property
-    def size(self) -> int:
-        """Bytes that this process writes, besides what stands before the tensors."""
-        return sum(piece.duty.stop - piece.duty.start for piece in self.pieces)
+def size_of(pieces: Sequence[Piece]) -> int:
+    """Bytes of all of them."""
+    return sum(piece.duty.stop - piece.duty.start for piece in pieces)
+
+
+def snapshot(pieces: Sequence[Piece], buffer: Tensor) -> None:
+    """Copy them: from now on the tensors may change. The buffer has as many bytes."""
+    done, ready = 0, []
+    for piece in pieces:
+        target = buffer[done : done + piece.duty.stop - piece.duty.start]
+        if len(target) >= LARGE and piece.is_ready:
+            ready.append((target, piece.bytes()))
+        else:
+            target.copy_(piece.bytes())
+        piece.copy = target
+        done += len(target)
+    copy_bytes(ready)
 
 
 @dataclass(frozen=True)
@@ -94,29 +101,53 @@ class Layout:
 
 
 def plan(
-    folder: Path, contents: Contents, state: State, format: Checkpoint, exchange: Exchange, last: Layout | None
+    folder: Path,
+    contents: Contents,
+    state: State,
+    format: Checkpoint,
+    exchange: Exchange,
+    last: Layout | None,
+    copy: Callable[[Work], object] | None,
 ) -> tuple[Work, Layout]:
-    """Agree on the layout of a checkpoint, which is that of the last if nothing has changed; all ranks."""
+    """Agree on the layout of a checkpoint, which is that of the last if nothing has changed; all ranks.
+
+    `copy` takes a snapshot of this process's work: while the processes still agree if nothing has changed here, and
+    again if it then has elsewhere.
+    """
     rank = exchange.world.rank
 
-    def look() -> tuple[list[Held], Any]:
+    def look() -> tuple[list[Held], Work | None, Any]:
         held = contents.table()
-        changed = last is None or (last.groups, last.held) != ([*contents.tensors], held)
-        return held, (changed, collect_random(state, rank), contents.scattered())
+        same = last is not None and (last.groups, last.held) == ([*contents.tensors], held)
+        work = plan_work(folder, last, contents, rank) if last is not None and same else None
+        return held, work, (same, collect_random(state, rank), contents.scattered())
 
-    (held, _), told = exchange.tell(look, lambda looked: looked[1])
-    if last is None or any(changed for changed, _, _ in told):
+    if copy:
+        (held, work, _), told = exchange.tell_while(look, _told, lambda looked: looked[1] and copy(looked[1]))
+    else:
+        (held, work, _), told = exchange.tell(look, _told)
+    if last is None or work is None or not all(same for same, _, _ in told):
         last = plan_layout(exchange.gather(held), [*contents.tensors], format, LARGEST_FILE, rank)
-    work = plan_work(folder, last, contents, rank)
+        work = plan_work(folder, last, contents, rank)
+        if copy:
+            copy(work)
     if rank == 0:
-        contents.values["random"] = [random for _, (random, _), _ in told]
-        for _, (_, tensors), scattered in told:
-            contents.small.update(tensors)
-            contents.add_scattered(*scattered)
-        pieces, files = _small_files(contents.small, contents.values, format)
-        work.pieces.extend(pieces)
-        work.files.extend(files)
+        _add_small(work, contents, told, format)
     return work, last
+
+
+def _add_small(work: Work, contents: Contents, told: Sequence[Any], format: Checkpoint) -> None:
+    """What is neither weights nor state of an optimizer, with what each rank told of it; rank 0 only."""
+    contents.values["random"] = [random for _, (random, _), _ in told]
+    for _, (_, tensors), scattered in told:
+        contents.small.update(tensors)
+        contents.add_scattered(*scattered)
+    work.small, files = _small_files(contents.small, contents.values, format)
+    work.files.extend(files)
+
+
+def _told(looked: tuple[Any, Any, T]) -> T:
+    return looked[2]
 
 
 def plan_layout(
@@ -176,7 +207,8 @@ def _create(work: Work) -> list[Range]:
 def _write_pieces(work: Work) -> list[Range]:
     """Write this process's bytes and wait until they are on disk; returns what was written."""
     with Writer(storage.aside(work.folder)) as writer:
-        for piece in sorted(work.pieces, key=lambda piece: (piece.place.file, piece.place.offset)):  # as they will lie
+        pieces = [*work.pieces, *work.small]
+        for piece in sorted(pieces, key=lambda piece: (piece.place.file, piece.place.offset)):  # as they will lie
             data = piece.bytes().numpy().data
             done = 0
             for geometry in piece.geometries():

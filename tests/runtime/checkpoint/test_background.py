@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from accel import Accelerator
 from accel.errors import CheckpointError
@@ -60,6 +61,30 @@ def save_behind(folder: Path, settings: dict[str, Any]) -> None:
 def test_a_snapshot_is_of_one_moment(tmp_path: Path, size: int, strategy: str) -> None:
     run(size, save_behind, tmp_path, {"strategies": [strategy]})
     assert os.listdir(tmp_path) == ["c"]
+
+
+def change_elsewhere(folder: Path) -> None:
+    """Only the last process has a tensor more than at the save before: the others have copied for the old layout."""
+    accelerator, net, optimizer = prepared({"strategies": ["ddp"]})
+    accelerator.save_state(folder / "c", blocking=False)
+    train(accelerator, net, optimizer)
+    accelerator.save_state(folder / "c", blocking=False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    if accelerator.is_last_process:
+        net.register_buffer("more", torch.ones(3))
+    accelerator.save_state(folder / "c", blocking=False)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    accelerator.end_training()
+    saved = load_file(folder / "c" / "model.safetensors")
+    assert torch.equal(saved.pop("more"), torch.ones(3))
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
+
+
+def test_a_change_in_another_process(tmp_path: Path) -> None:
+    run(2, change_elsewhere, tmp_path)
 
 
 def one_at_a_time(folder: Path) -> None:
@@ -137,7 +162,7 @@ def test_the_end_of_the_script_tells_of_a_failure(tmp_path: Path) -> None:
 def test_the_memory_of_a_snapshot_is_given_back(tmp_path: Path) -> None:
     accelerator, _, _ = prepared({})
     accelerator.save_state(tmp_path / "c", blocking=False)
-    buffer = weakref.ref(accelerator._checkpoints._buffer)
+    buffer = weakref.ref(accelerator._checkpoints._buffers["tensors"])
     accelerator.free_memory()
     accelerator.end_training()
     assert buffer() is None
