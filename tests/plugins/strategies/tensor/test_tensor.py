@@ -1,6 +1,7 @@
 """What tensor parallelism promises besides parity: plans, parts, bytes, refusals, and the objects that a loop uses."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
