@@ -18,7 +18,7 @@ from .gradients import ExplicitWindow
 from .loader import PreparedLoader
 from .model import ModelPart, model_part
 from .optimizer import OptimizerPart
-from .penalties import penalties
+from .penalties import check_divided
 from .process import Process
 
 
@@ -90,6 +90,7 @@ class Backward(Process):
                 f"backward: the loss must be a tensor that requires grad, got {_describe(loss)}; it was computed under "
                 "torch.no_grad(), from detached tensors, or from frozen parameters only"
             )
+        check_divided(loss)
         if self._must_watch:
             self._require_prepared()
             self._settle_models("backward")
@@ -108,8 +109,7 @@ class Backward(Process):
             part.check_filled()
         exchanges = [self._exchanges(part) for part in self._models]
         scaled = self._before_backward(scaled, exchanges)
-        with penalties(scaled, weight):
-            scaled.backward(**options)  # type: ignore[no-untyped-call]
+        scaled.backward(**options)  # type: ignore[no-untyped-call]
         self._after_backward(exchanges)
         self._mark_gradients()
 

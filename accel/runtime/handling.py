@@ -1,31 +1,37 @@
-"""What loops do with the parameters themselves: read a number, assign to `.data`, draw new values.
+"""What loops do with the parameters themselves: compute with the batch, read a number, assign to `.data`, draw values.
 
-Torch does each of these with a DTensor, and without an error, but not to the whole of it.
+Torch does each of these with a DTensor, most without an error, but not as with the whole of it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import PrepareError
-from .shards import divide_like
+from .shards import divide_like, whole_tensor
 
 _DRAWS = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_")
+_OPERATORS = ("add", "sub", "mul", "truediv", "pow", "matmul")
 _DRAWS_ALIKE = ("rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
 
 
-def mind_divided_tensors() -> None:
+def mind_divided_tensors(model: nn.Module) -> None:
     """Let divided tensors do as whole ones would, or refuse, whatever made them; called for each prepared model."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            _mind_gradient(parameter)
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     aten = torch.ops.aten
     handlers[aten._local_scalar_dense.default] = _number
     for name in (*_DRAWS, *_DRAWS_ALIKE):
         packet = getattr(aten, name)
         handlers.update({getattr(packet, overload): _refuse_to_draw for overload in packet.overloads()})
+    _mind_operators()
     DTensor.data = property(Tensor.detach, _assign)  # type: ignore[assignment]
 
 
@@ -50,6 +56,39 @@ def _refuse_to_draw(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         f"{name}: random numbers for a divided tensor of shape {tuple(args[0].shape)} would depend on the number of "
         "processes; draw them before prepare(), or for a whole tensor and load_state_dict() it"
     )
+
+
+def _mind_gradient(parameter: nn.Parameter) -> None:
+    """Let gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole."""
+    placements, trains = parameter.placements, parameter.requires_grad  # type: ignore[attr-defined]
+    parameter.requires_grad_()  # hooks stay when that is changed, but can only be added while it holds
+    parameter.register_hook(lambda gradient: gradient.redistribute(placements=placements))  # type: ignore[no-untyped-call]
+    parameter.requires_grad_(trains)
+
+
+@functools.cache
+def _mind_operators() -> None:
+    for name in _OPERATORS:
+        for method in (f"__{name}__", f"__r{name}__"):
+            setattr(DTensor, method, _with_whole(getattr(DTensor, method)))
+
+
+def _with_whole(operator: Any) -> Any:
+    """An operator that gathers a divided tensor to compute with a plain one, such as a batch or a loss.
+
+    Torch refuses, or, if that is a single number, believes it to be the same on all processes. Optimizers, which learn
+    nothing from it, rely on that.
+    """
+
+    @functools.wraps(operator)
+    def compute(divided: DTensor, other: Any) -> Any:
+        if not isinstance(other, Tensor) or isinstance(other, DTensor):
+            return operator(divided, other)
+        learns = torch.is_grad_enabled() and (divided.requires_grad or other.requires_grad)
+        alike = other.numel() == 1 and divided.numel() > 1 and not learns
+        return operator(divided if alike else whole_tensor(divided), other)
+
+    return compute
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class ModelPart(Part):
         for strategy in self.strategies:
             strategy.check_model(model)
         accept_whole_model_states(model)
-        mind_divided_tensors()
+        mind_divided_tensors(model)
         after = dict(model.named_parameters(remove_duplicate=False))
         self._originals = list(before.values())  # alive, so that their ids stay theirs
         self.replaced = {id(old): after[name] for name, old in before.items()}

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from accel.errors import PrepareError
 from accel.testing import run
 
-from .zero_models import STAGES, accelerator_for, adamw, assert_same_weights, make, whole
+from .zero_models import STAGES, accelerator_for, adamw, assert_same_gradients, assert_same_weights, make, whole
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -48,10 +48,6 @@ def squares(model):
     return 0.1 * sum(p.square().sum() for p in model.parameters()) + 0.1 * model.head.weight.norm()
 
 
-def through_whole(model):
-    return 0.1 * whole(model.first).square().sum()
-
-
 def penalties(stage, penalty, length):
     """`length` samples in global batches of 16: the last may be uneven, with nothing at all for the last process."""
     accelerator = accelerator_for(stage)
@@ -70,25 +66,136 @@ def penalties(stage, penalty, length):
 
 
 @stages
-@pytest.mark.parametrize(("penalty", "length"), [(squares, 32), (squares, 33), (through_whole, 27)])
-def test_penalties_over_divided_parameters(stage, penalty, length):
-    run(2, penalties, stage, penalty, length)
+@pytest.mark.parametrize("length", [32, 33])
+def test_penalties_over_divided_parameters(stage, length):
+    run(2, penalties, stage, squares, length)
 
 
 def test_penalties_where_a_process_has_no_part_of_a_parameter():
     run(4, penalties, "zero3", squares, 33)
 
 
-def mixed_twice():
+def alone():
+    """A loss that comes from parameters alone, and is a divided tensor."""
+    accelerator = accelerator_for("zero3")
+    model, _, reference, _ = pair(accelerator)
+    model(vectors())
+    accelerator.backward(squares(model)), squares(reference).backward()
+    assert_same_gradients(model, reference)
+
+
+def test_a_loss_of_parameters_alone():
+    run(2, alone)
+
+
+# -- loops that compute with parameters and the batch ------------------------------------------------------------------
+
+
+class Contrast(Net):
+    """What its own forward does not use is for the loop; as many numbers as do and do not divide evenly."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.noise = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(1))
+        self.centers = nn.Parameter(torch.randn(3, 3))
+
+
+def classified(model, x):
+    """Gathered before forward, after it, twice, and derived; the input lets gradients of the model come first."""
+    centers, turn = whole(model.centers), whole(model.layers[0].weight)
+    found = torch.tanh(model(x.clone().requires_grad_())) @ whole(model.head.weight * 2)
+    logits = whole(model.scale.exp()) * (found @ turn) @ whole(model.head.weight).T @ centers
+    return nn.functional.cross_entropy(logits, x.argmax(1) % 3)
+
+
+def by_operators(model, x):
+    """As with a learned temperature, and with learned weights of losses (Kendall et al. 2018)."""
+    similar = model.scale.exp() * (model(x) @ model.centers.T) - model.head.bias
+    first, second = nn.functional.cross_entropy(similar, x.argmax(1) % 3), similar.square().mean()
+    return first * torch.exp(-model.scale) + model.scale + (second / model.noise.exp() + model.noise).sum()
+
+
+def with_penalty(model, x):
+    """Not merely added."""
+    return model(x).square().mean() * (1 + squares(model)) + whole(model.centers.norm())
+
+
+def computed(stage, options, length, bare, accumulation):
+    """`length` samples in global batches of 8 times the processes, of which the last may be uneven."""
+    for loss in (classified, by_operators, with_penalty):
+        accelerator = accelerator_for(stage, options, gradient_accumulation_steps=accumulation)
+        size = accelerator.num_processes
+        model, mine, reference, theirs = pair(accelerator, Contrast)
+        for x in accelerator.prepare(DataLoader(vectors(length), batch_size=8)):
+            with accelerator.accumulate(model):
+                (torch.Tensor.backward if bare else accelerator.backward)(loss(model, x))
+                mine.step(), mine.zero_grad()
+        for step, x in enumerate(vectors(length).split(8 * size)):
+            for part in x.tensor_split(size):
+                (loss(reference, part) * len(part) / len(x) / accumulation).backward() if len(part) else None
+            if (step + 1) % accumulation == 0:
+                theirs.step(), theirs.zero_grad()
+        assert_same_weights(model, reference)
+        with torch.no_grad():
+            torch.testing.assert_close(by_operators(model, x), by_operators(reference, x))
+        accelerator.free_memory()
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "options", "length", "bare", "accumulation"),
+    [
+        (2, "zero1", {}, 39, False, 1),
+        (2, "zero2", {"offload": "cpu"}, 48, True, 1),
+        (2, "zero3", {}, 33, False, 1),
+        pytest.param(2, "zero1", {}, 64, False, 2, marks=pytest.mark.slow),
+        pytest.param(2, "zero3", {}, 48, True, 1, marks=pytest.mark.slow),
+        pytest.param(4, "zero3", {"replicas": 2}, 65, False, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_loops_may_compute_with_parameters_and_the_batch(size, stage, options, length, bare, accumulation):
+    run(size, computed, stage, options, length, bare, accumulation)
+
+
+def unlike(stage, bare, unused):
+    """Rank 1 leaves out what `unused` says in the second step."""
+    accelerator = accelerator_for(stage)
+    model, mine, *_ = pair(accelerator)
+    for step in range(2):
+        first, out = whole(model.first), model(vectors())
+        leaves_out = step and not accelerator.is_main_process
+        loss = out.square().mean() + (0 if leaves_out and unused == "whole" else (vectors() @ first).mean())
+        loss = torch.zeros((), requires_grad=True) if leaves_out and unused == "all" else loss
+        (torch.Tensor.backward if bare else accelerator.backward)(loss)
+        mine.step(), mine.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("stage", "bare", "unused", "message"),
+    [
+        ("zero1", False, "whole", r"backward: the loss of this process uses [01] results of full_tensor"),
+        ("zero3", True, "whole", r"backward: the loss of this process uses [01] results of full_tensor"),
+        ("zero2", True, "all", r"rank 0 waits for rank 1 in a bare loss\.backward"),
+    ],
+)
+def test_processes_that_compute_with_different_parameters_are_refused(stage, bare, unused, message):
+    with pytest.raises(PrepareError, match=message):
+        run(2, unlike, stage, bare, unused)
+
+
+def not_known():
     accelerator = accelerator_for("zero3")
     model = accelerator.prepare(Net())
-    loss = model(vectors()).square().mean()
-    with pytest.raises(PrepareError, match="used both together with divided parameters and without"):
-        accelerator.backward(loss * 2 + (loss + model.first.square().sum()))
+    with pytest.raises(PrepareError, match=r"backward: a loss depends on what to_local\(\) gives"):
+        accelerator.backward(model(vectors()).mean() + model.first.to_local().sum())
+    with pytest.raises(PrepareError, match=r"torch\.stack, took divided parameters, .* use operators"):
+        accelerator.backward(torch.stack([model(vectors()).mean(), model.first.square().sum()]).sum())
+    first = whole(model.first)
+    if accelerator.is_main_process:  # of this process's loss: there is nothing to wait for
+        torch.autograd.grad((vectors() @ first).sum(), first)
 
 
-def test_a_loss_used_with_and_without_divided_parameters_is_refused():
-    run(2, mixed_twice)
+def test_what_is_not_known_to_be_alike_is_refused():
+    run(2, not_known)
 
 
 # -- changes from outside ----------------------------------------------------------------------------------------------
@@ -331,6 +438,9 @@ def test_unusual_models_give_one_processs_weights(size, stage, options):
 class PastHooks(Net):
     def __call__(self, x):
         return self.forward(x)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.first)
 
 
 def packed():

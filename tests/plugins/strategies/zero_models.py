@@ -45,7 +45,7 @@ class LM(nn.Module):
         return self.head(x)
 
     def score(self, tokens):
-        return self.head(self.embedding(tokens) * self.scale + self.position)
+        return F.linear(self.embedding(tokens) * self.scale + self.position, self.head.weight)
 
 
 def make(seed=0, model=LM, **options):

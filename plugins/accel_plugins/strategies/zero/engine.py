@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Collection
@@ -27,6 +28,7 @@ from .groups import Groups
 from .memory import Spare
 from .recompute import checkpoint_activations
 from .scalars import widen
+from .wholes import Wholes
 
 if TYPE_CHECKING:
     from .strategy import Zero
@@ -58,7 +60,8 @@ class ShardedModel:
         self.spare = Spare() if strategy.reshards_after_forward else None
         improve_collectives(self.groups.all, strategy.device, self.spare)
         gathers = strategy.reshards_after_forward
-        self.exchange = Exchange(self.groups, strategy.mesh.group, self.options.find_unused_parameters, gathers)
+        wholes = Wholes.along(self._mesh, strategy.mesh.group)
+        self.exchange = Exchange(self.groups, wholes, self.options.find_unused_parameters, gathers)
         entries = Entries(model, blocks, self.groups)
         entries.wrap_methods(self.options.methods)
         entries.explain_methods(f"strategies.{strategy.name}.methods")
@@ -91,7 +94,7 @@ class ShardedModel:
     def end_passes(self) -> None:
         """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
         if self.exchange is not None:
-            self.exchange.passes.end_round()
+            self.exchange.end_passes()
 
     def broadcast_buffers(self) -> None:
         """Give every process rank 0's buffers."""
@@ -157,9 +160,9 @@ class ShardedModel:
                 block.compile()
 
     def _shard(self, blocks: list[nn.Module]) -> None:
-        before = {id(parameter): parameter for parameter in held_parameters(self.model)}
+        self.strategy.known |= {id(parameter): parameter for parameter in held_parameters(self.model)}
         policy: dict[str, Any] = {
-            "mesh": self._mesh(),
+            "mesh": self._mesh,
             "mp_policy": MixedPrecisionPolicy(
                 reduce_dtype=getattr(torch, self.options.reduce_dtype), cast_forward_inputs=False
             ),
@@ -170,16 +173,12 @@ class ShardedModel:
         for block in blocks:
             block.register_forward_hook(_own_outputs, prepend=True)
             again = self.strategy.reshards_after_forward and block is not blocks[-1]  # which backward begins with
-            fully_shard(block, reshard_after_forward=again, **policy)
-        fully_shard(self.model, reshard_after_forward=False, **policy)
+            _divide(block, reshard_after_forward=again, **policy)
+        _divide(self.model, reshard_after_forward=False, **policy)
         self._prefetch(blocks)
         divided = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         for module in divided:
             _keep_name(type(module))
-        self.strategy.known |= before
-        for parameter in before.values():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
 
     def _prefetch(self, blocks: list[Any]) -> None:
         """Let each block gather those that are needed after it, nearest first."""
@@ -189,6 +188,7 @@ class ShardedModel:
                 block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + depth])
                 block.set_modules_to_backward_prefetch(blocks[max(index - depth, 0) : index][::-1])
 
+    @functools.cached_property
     def _mesh(self) -> DeviceMesh:
         """The data axis; with replicas, split into a grid of replicas and shards."""
         axis, replicas = self.strategy.mesh, self.options.replicas
@@ -230,6 +230,17 @@ class ShardedModel:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.__dict__["__deepcopy__"] = refuse
+
+
+def _divide(module: nn.Module, **policy: Any) -> None:
+    """Let torch divide what of a module is whole, and free that: the core keeps the parameters themselves alive."""
+    before = dict(module.named_parameters())
+    fully_shard(module, **policy)
+    after = set(map(id, module.parameters()))
+    for parameter in before.values():
+        if id(parameter) not in after:
+            whole = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            whole.data = whole.data.new_empty(0)
 
 
 def _own_outputs(block: nn.Module, args: Any, output: Any) -> Any:

@@ -16,29 +16,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from accel.errors import PrepareError
 from accel.runtime.nested import tensors
 
 from .groups import Groups, make_gradients_alike, whole_gradient
 from .passes import Passes
 from .reach import Reach, agree_on_used, leaves_none, reach_of, reach_under_way
+from .wholes import Wholes
 
 
 @dataclass
 class _Turn:
-    """One group's part in a backward pass. `calls` are the forward calls that it may be heard from, by `nodes`."""
+    """One group's part in a backward pass. `calls` are the forward calls that it may be heard from, by `nodes`.
+
+    `filled` are the parameters that brought zeros; with what these became, if they were the first gradient.
+    """
 
     group: Any
     reduce: Callable[[], None]
     calls: int = 0
     heard: int = 0
     done: bool = False
-    filled: list[Any] = field(default_factory=list)
+    filled: dict[Any, _Zeros | None] = field(default_factory=dict)
     nodes: list[weakref.ref[Any]] = field(default_factory=list)
 
     def reset(self) -> None:
-        self.calls, self.heard, self.done, self.filled, self.nodes = 0, 0, False, [], []
+        self.calls, self.heard, self.done, self.filled, self.nodes = 0, 0, False, {}, []
 
     def remember(self, inputs: Any) -> None:
         """Note the node through which a forward call will be heard from."""
@@ -48,6 +52,24 @@ class _Turn:
                 return
 
 
+class _Zeros:
+    """What exchanging zeros has made the gradient of a parameter that had none."""
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter, self.gradient, self.version = parameter, *_gradient_of(parameter)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was added since, as by a penalty that is computed before forward."""
+        gradient, version = _gradient_of(self.parameter)
+        return gradient is self.gradient and version == self.version
+
+
+def _gradient_of(parameter: Any) -> tuple[Any, int]:
+    gradient = parameter.sharded_param.grad
+    return gradient, -1 if gradient is None else gradient._version
+
+
 class Exchange:
     """Takes over when the groups of one model reduce their gradients.
 
@@ -55,14 +77,15 @@ class Exchange:
     exchanges none, and what it has gathered stays for the pass through what it computed, as a gradient penalty needs.
     """
 
-    def __init__(self, groups: Groups, group: ProcessGroup, find_unused: bool, gathers: bool) -> None:
-        self.groups, self.group, self.find_unused, self.gathers = groups, group, find_unused, gathers
+    def __init__(self, groups: Groups, wholes: Wholes, find_unused: bool, gathers: bool) -> None:
+        self.groups, self.wholes, self.find_unused, self.gathers = groups, wholes, find_unused, gathers
+        self.group = wholes.group
         blocks = groups.all[len(groups.rest) :]
         self._turns = [_Turn(g, g.post_backward) for g in (*reversed(blocks), *groups.rest)]
         self._reach: Reach | None = None
         self._ran = self._begun = self._bare = False
         self._leaves_none = self._without_gradients = self._kept = self._reshards_late = False
-        self.passes = Passes(group)
+        self.passes = Passes(self.group)
         for turn in self._turns:
             self._listen(turn)
         for state in groups.states:
@@ -74,6 +97,7 @@ class Exchange:
         Where processes will not ask for the same parameters, all are gathered now.
         """
         self._ran, self._begun = False, True
+        self.wholes.begin(loss)
         if self.find_unused and (exchange or self.gathers):
             if self.gathers:
                 self.passes.end_round()
@@ -91,13 +115,20 @@ class Exchange:
         if self._exchanges and not self._ran and (due or self._has_gradients()):
             self.groups.root._root_post_backward_final_callback()
         self._finish()
+        self.wholes.end()
         self.groups.hide()
+
+    def end_passes(self) -> None:
+        """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
+        self.passes.end_round()
+        self.wholes.end_passes()
 
     def _begin_bare(self) -> None:
         """A bare `loss.backward()` is about to wait: see to it that all processes ask for the same; all ranks."""
         self._begun = self._bare = True
         self.passes.begin()
-        if not (self.gathers and self.find_unused):
+        self.wholes.arrive()
+        if not ((self.gathers or self.wholes.in_pass) and self.find_unused):
             self._start(exchange=True, reshard=True)
             return
         nodes = [[node for node in (ref() for ref in turn.nodes) if node is not None] for turn in self._in_order]
@@ -109,9 +140,16 @@ class Exchange:
         """`torch.autograd.grad` is about to wait for the others, where it gathers."""
         if self.gathers and not self._without_gradients:
             self.passes.begin()
+            self.wholes.arrive()
         self._without_gradients = True
 
     def _gather_if_unlike(self, reach: Reach) -> bool:
+        if self.wholes.in_pass and not reach.alike:
+            raise PrepareError(
+                "backward: the processes use different parts of the model, and their losses results of full_tensor() "
+                "or of operators between divided parameters and plain tensors; let all use the same parts, or compute "
+                "with the parameters in a method, which the setting `methods` names"
+            )
         unlike = self.gathers and reach.anywhere and not reach.alike
         if unlike:
             self.groups.gather()
@@ -147,8 +185,7 @@ class Exchange:
         def count(args: Any, kwargs: Any) -> Any:
             turn.calls += torch.is_grad_enabled()
             inputs = register(args, kwargs)
-            if self.gathers:
-                turn.remember(inputs)
+            turn.remember(inputs)
             return inputs
 
         def heard(*unused: Any) -> None:
@@ -220,21 +257,23 @@ class Exchange:
             return
         turn.done = True
         _drop_empty(turn.group)
-        if self.find_unused:
-            turn.filled = [(p, p.sharded_param.grad is not None) for p in turn.group.fsdp_params if _fill(p)]
+        filled = [p for p in turn.group.fsdp_params if _fill(p)] if self.find_unused else []
+        first = [p for p in filled if p.sharded_param.grad is None]
         make_gradients_alike(turn.group)
         turn.reduce()
+        turn.filled = {**dict.fromkeys(filled), **{p: _Zeros(p) for p in first}}
 
     def _drop_unused(self) -> None:
         """Take back the zeros of parameters that no process used; all ranks."""
-        filled = {id(p): had_gradient for turn in self._turns for p, had_gradient in turn.filled}
+        filled = {p: zeros for turn in self._turns for p, zeros in turn.filled.items()}
         parameters = list(self.groups.parameters())
         if self._reach is not None:
             used = self._reach.used
         else:
-            used = agree_on_used([id(parameter) not in filled for parameter in parameters], self.group)
+            used = agree_on_used([parameter not in filled for parameter in parameters], self.group)
         for parameter, anywhere in zip(parameters, used, strict=True):
-            if not anywhere and not filled.get(id(parameter), True):
+            zeros = filled.get(parameter)
+            if not anywhere and zeros is not None and zeros.untouched:
                 parameter.sharded_param.grad = None
 
     def _has_gradients(self) -> bool:
