@@ -110,10 +110,10 @@ def broadcast(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
 
 
 def broadcast_in_place(values: Sequence[Tensor], group: ProcessGroup, source: int = 0) -> None:
-    """Overwrite tensors with those of rank `source`; few large messages, as torch's DDP sends them at its start."""
+    """Overwrite tensors with those of rank `source`; few messages, each as large as two of them may take memory."""
     sent = [value.detach().view(_CARRIERS.get(value.itemsize, value.dtype)) for value in values]
     if sent:
-        dist._broadcast_coalesced(group, sent, 250 << 20, source)  # type: ignore[attr-defined]
+        dist._broadcast_coalesced(group, sent, 25 << 20, source)  # type: ignore[attr-defined]
 
 
 def gather_object(value: T, group: ProcessGroup | None) -> list[T]:
