@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from accel import Accelerator, CheckpointError, ConfigError, LaunchError, PrepareError
 from accel.testing import run
 
+from .runtime.loaders import Stream
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -348,7 +350,8 @@ def rates_by_name(name):
 
 def metrics(samples, batch, kind):
     accelerator = Accelerator()
-    loader = accelerator.prepare(DataLoader(list(range(samples)), batch_size=batch))
+    data = Stream(samples) if kind == "a stream" else list(range(samples))
+    loader = accelerator.prepare(DataLoader(data, batch_size=batch))
     seen = []
     for x in loader:
         if kind == "objects":
@@ -360,7 +363,7 @@ def metrics(samples, batch, kind):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["tensor", "nested", "objects"])
+@pytest.mark.parametrize("kind", ["tensor", "nested", "objects", "a stream"])
 @pytest.mark.parametrize(("samples", "batch"), [(1, 4), (7, 2), (12, 3), (13, 4)])
 def test_each_sample_is_counted_once(kind, samples, batch):
     assert run(2, metrics, samples, batch, kind) == [[str(i) for i in range(samples)]] * 2

@@ -16,7 +16,7 @@ def gather_for_metrics(
     value: Any, loader: PreparedLoader | None, group: ProcessGroup | None, as_objects: bool = False
 ) -> Any:
     """Concatenate over the processes what counts of the current batch of `loader`; see `Accelerator`. All ranks."""
-    counts = _counts(value, loader, group) if loader else None
+    counts = _counts(value, loader, group) if loader is not None else None
     if as_objects or not collectives.is_tensors(value):
         return _gather_objects(value, counts, group)
     if counts is None:
