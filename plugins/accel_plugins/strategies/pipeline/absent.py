@@ -8,7 +8,7 @@ that nobody notices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -31,6 +31,8 @@ FRESH = {
     _aten.new_full,
 }
 """What takes nothing but the shape of a tensor: its result is not absent."""
+
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 
 
 class _Dispatched:
@@ -103,6 +105,7 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent]
     """What an operation on absent tensors makes: absent tensors of this kind, or, if `fresh`, what needs no values."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Dispatched)]
     device, origin = given[0]._device, given[0].origin
+    args = _counted(function, args)
     if fresh and function.overloadpacket in FRESH:
         like = torch.empty((), dtype=args[0].dtype, device=device).expand(args[0].shape)
         return function(like, *args[1:], **kwargs)
@@ -118,6 +121,17 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent]
     if function._schema.is_mutable:
         return args[0]
     return tree_map_only(_Shape, lambda shape: kind.made(shape.meta(), device, origin), result)
+
+
+def _counted(function: Any, args: Any) -> Any:
+    """The same arguments with places instead of the masks that are here, which say how many elements are taken."""
+    if function.overloadpacket not in _INDEXING:
+        return args
+    places: list[Any] = []
+    for index in args[1]:
+        mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+        places += index.nonzero().unbind(1) if mask and not isinstance(index, _Dispatched) else [index]
+    return args[0], places, *args[2:]
 
 
 def _refuse_writes(function: Any, args: Any, kwargs: Any, lacking: _Dispatched) -> None:
@@ -158,8 +172,16 @@ class _Shape:
 def _shapes(function: Any, nesting: TreeSpec, leaves: tuple[tuple[type, Any], ...]) -> Any:
     """What an operation returns, as shapes; remembered, since torch takes longer to find it than to compute values.
 
-    Leaves come with their types, as 1 and True are equal.
+    Leaves come with their types, as 1 and True are equal. Where torch knows no shapes without values, zeros tell.
     """
-    values = [leaf.meta() if isinstance(leaf, _Shape) else leaf for _, leaf in leaves]
-    args, kwargs = tree_unflatten(values, nesting)
-    return tree_map_only(Tensor, _Shape.of, function(*args, **kwargs))
+
+    def on(tensor: Callable[[_Shape], Tensor]) -> Any:
+        args, kwargs = tree_unflatten([tensor(e) if isinstance(e, _Shape) else e for _, e in leaves], nesting)
+        return tree_map_only(Tensor, _Shape.of, function(*args, **kwargs))
+
+    try:
+        return on(_Shape.meta)
+    except NotImplementedError:
+        if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.intersection(function.tags):
+            raise
+        return on(lambda shape: torch.zeros_like(shape.meta(), device="cpu"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from accel.errors import PrepareError
 
-from .absent import Absent, compute, written
+from .absent import FRESH, Absent, compute, written
 from .wire import Wire
 
 
@@ -33,6 +33,14 @@ class Awaited(Absent):
 
     _recipe: _Recipe | None = None
     _heirs: tuple[weakref.ref[Awaited], ...] = ()
+
+    @classmethod
+    def made(cls, meta: Tensor, device: torch.device, origin: str) -> Self:
+        """As in `Absent`, but on its device for torch too, whose formulas make numbers there to compute with."""
+        shape, strides, offset = meta.shape, meta.stride(), meta.storage_offset()
+        made: Self = Tensor._make_wrapper_subclass(cls, shape, strides, offset, dtype=meta.dtype, device=device)
+        made._device, made.origin = device, origin
+        return made
 
     @property
     def missing(self) -> str:
@@ -56,6 +64,8 @@ class Awaited(Absent):
         if not _any_absent(known):
             return function(*known[0], **known[1])
         made = compute(function, args, kwargs, Awaited)
+        if function.overloadpacket in FRESH:
+            return cls._fresh(made)
         changed = [tensor for tensor in written(function, args, kwargs) if isinstance(tensor, Awaited)]
         for tensor in changed:
             before = tensor._step_aside()
@@ -63,6 +73,13 @@ class Awaited(Absent):
                 tensor._inherit(function, (before, *args[1:]), kwargs)
         if isinstance(made, Awaited) and not changed:
             made._inherit(function, args, kwargs)
+        return made
+
+    @classmethod
+    def _fresh(cls, value: Tensor) -> Awaited:
+        """What has values, but into which torch's formulas may write those that are missing."""
+        made = Awaited.made(torch.empty_like(value, device="meta"), value.device, "an output")
+        made.value = value
         return made
 
     def _step_aside(self) -> Tensor:
@@ -126,7 +143,7 @@ class _Gradient(Awaited):
 
 
 def _let_gradient_be_absent(loss: Awaited) -> None:
-    """Torch takes this tensor to be on the meta device, and its gradient there, where it meets no masks and weights."""
+    """Let the gradient have no values from the start: torch's formulas write into it what is made of outputs."""
 
     def stand_in(gradient: Tensor) -> Tensor:
         return _Gradient.made(torch.empty_like(gradient, device="meta"), loss.device, "a gradient")
@@ -157,6 +174,15 @@ class _Recipe:
 def await_output(shape: Any, dtype: torch.dtype, device: torch.device, name: str) -> Awaited:
     """What stands in for an output of the model `name` on a stage that does not get it."""
     return Awaited.made(torch.empty(shape, dtype=dtype, device="meta"), device, f"the output of {name}")
+
+
+def refuse_weights(loss: Tensor) -> None:
+    """Raise PrepareError for a loss that the loop has computed from parameters, of which every stage has only some."""
+    if isinstance(loss, Absent) and not isinstance(loss, Awaited):
+        raise PrepareError(
+            "backward: the loop computed this loss from parameters too, as for a penalty, and so from "
+            f"{loss.missing}; leave a penalty to the optimizer, as its weight_decay, or use `zero3`"
+        )
 
 
 def tell_loss(loss: Tensor, wire: Wire) -> None:

@@ -78,9 +78,10 @@ class Pipeline(Strategy):
             )
 
     def complete_loss(self, loss: Tensor) -> None:
-        if self._models and self.options.outputs == "last":
-            from .outputs import tell_loss
+        from .outputs import refuse_weights, tell_loss
 
+        refuse_weights(loss)
+        if self._models and self.options.outputs == "last":
             tell_loss(loss, next(iter(self._models.values())).wire)
 
     def after_backward(self, model: nn.Module, exchange: bool) -> None:

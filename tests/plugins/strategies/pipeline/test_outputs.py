@@ -18,6 +18,12 @@ LOSSES = {
     "chosen": lambda x: x[torch.tensor([0])].sum() + x.max(-1).values.sum(),
     "between": lambda x: F.smooth_l1_loss(x, torch.rand(2, 5)) + F.mse_loss(x * WEIGHTS, torch.rand(2, 5)),
     "divergence": lambda x: F.kl_div(x.log_softmax(-1), torch.rand(2, 5), reduction="batchmean"),
+    "similarity": lambda x: (
+        F.cosine_similarity(x, torch.rand(2, 5)).mean() + F.cosine_embedding_loss(x, x + 1, MASK - 1)
+    ),
+    "margin": lambda x: F.multi_margin_loss(x, TARGETS) + F.multilabel_margin_loss(x, TARGETS[:, None].expand(2, 5)),
+    "masks": lambda x: x[MASK > 0].sum() + x[:, WEIGHTS > 0.5].square().sum(),
+    "written to": lambda x: torch.ones_like(x).mul_(x).sub_(torch.zeros_like(x)).sum(),
     "product": lambda x: torch.einsum("bc,c->b", x, WEIGHTS).sum() + x.norm(),
 }
 

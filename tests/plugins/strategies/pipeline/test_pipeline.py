@@ -787,7 +787,10 @@ def optimizers():
     accelerator.prepare(torch.optim.Adafactor(model.parameters()))
     with pytest.raises(PrepareError, match="the optimizer Together, which sees only the parameters of its stage"):
         accelerator.prepare(Together(model.parameters(), {}))
+    loss = loss_of(CASES["skips"], model, CASES["skips"].batch(0, 4))
+    with pytest.raises(PrepareError, match=r"from parameters too, as for a penalty, and so from .* on another stage"):
+        accelerator.backward(loss + sum(p.square().sum() for p in model.parameters()))
 
 
-def test_an_optimizer_that_looks_at_other_parameters_is_refused():
+def test_an_optimizer_or_a_loss_that_looks_at_other_parameters_is_refused():
     run(2, optimizers)
