@@ -285,5 +285,9 @@ def test_a_damaged_checkpoint_is_no_reason_to_begin_again(tmp_path: Path) -> Non
     accelerator = Accelerator(device="cpu", project_dir=str(tmp_path))
     accelerator.prepare(nn.Linear(1, 1))
     (tmp_path / "checkpoints" / "checkpoint_0").mkdir(parents=True)
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with (
+        pytest.warns(UserWarning, match="passed over") as caught,
+        pytest.raises(CheckpointError, match="no complete checkpoint"),
+    ):
         accelerator.resume()
+    assert [warning.filename for warning in caught] == [__file__]  # and not where resume() calls load_state()

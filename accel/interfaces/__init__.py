@@ -4,7 +4,7 @@ Importing this package, or a plugin's module, imports no torch: the command line
 from them. Plugins import torch inside the methods that run in a worker.
 """
 
-from .checkpoint import Checkpoint, Entry, File, Place
+from .checkpoint import PAGE, Checkpoint, Entry, File, Place
 from .device import Device, Memory, Support
 from .launcher import Launcher
 from .precision import Precision, Steppable
@@ -13,6 +13,7 @@ from .tracker import Tracker
 
 __all__ = [
     "MESH_ORDER",
+    "PAGE",
     "SETUP_ORDER",
     "Axis",
     "AxisMesh",

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PAGE = 4096
+"""Where memory, disk and page cache begin a page: what begins there is read and written faster."""
+
 
 @dataclass(frozen=True)
 class Entry:

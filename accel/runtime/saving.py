@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .deferred import is_empty
 from .model import model_part, whole_state_dict
 from .preemption import SIGNALS, Preemption
 from .training import Training
+from .warn import warn
 
 
 class Saving(Training):
@@ -176,7 +176,7 @@ class Saving(Training):
 
     def _warn(self, text: str) -> None:
         if self.is_main_process:
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
     def _state(self) -> State:
         return State(

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from ..interfaces import PAGE
 from .files import Files, naming, write_all
-
-ALIGNMENT = 4096
-"""Addresses, places in the file and sizes must be multiples of this, whatever the disk."""
 
 STEP = 4 << 20
 """Bytes of a buffer: few enough to stay in the processor's cache on their way, enough to keep the disk busy."""
@@ -157,7 +155,7 @@ class Stream(Files):
 
     def _write(self, step: Step) -> None:
         """Whole pages around the page cache, if they are worth it, and what is left through it."""
-        first, last = -(-step.start // ALIGNMENT) * ALIGNMENT, step.stop // ALIGNMENT * ALIGNMENT
+        first, last = -(-step.start // PAGE) * PAGE, step.stop // PAGE * PAGE
         done = first = min(first, step.stop)
         if self._works and last - first >= WORTH:
             done += self._write_directly(step, first, last)

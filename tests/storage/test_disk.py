@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from accel.errors import CheckpointError
+from accel.interfaces import PAGE
 from accel.storage import Geometry, Writer
-from accel.storage.direct import ALIGNMENT, STEP, WORTH
+from accel.storage.direct import STEP, WORTH
 
 SIZE = 3 * STEP + 12345
-CUTS = [0, 8, WORTH + 77, 2 * WORTH - 1, 2 * WORTH + ALIGNMENT, STEP, 2 * STEP + 5, 2 * STEP + 6, SIZE]
+CUTS = [0, 8, WORTH + 77, 2 * WORTH - 1, 2 * WORTH + PAGE, STEP, 2 * STEP + 5, 2 * STEP + 6, SIZE]
 """Where the file is cut into pieces, each written by itself: small, large, aligned and not."""
 
 

@@ -6,7 +6,6 @@ import atexit
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from ... import storage
 from ...errors import CheckpointError, DamagedError
 from ...interfaces import Checkpoint
 from ...storage import Manifest, Range
+from ..warn import warn
 from ..world import World
 from .background import Background
 from .contents import Contents, State, collect, collect_model
@@ -152,7 +152,7 @@ class Checkpoints:
             except DamagedError as error:
                 passed.append(str(error))
                 if self.world.rank == 0:
-                    warnings.warn(f"load_state: passed over {os.fspath(folder)}: {error}", stacklevel=4)
+                    warn(f"load_state: passed over {os.fspath(folder)}: {error}")
         why = "; passed over " + "; ".join(passed) if passed else "; save_state() writes one"
         raise CheckpointError(f"{self.home}: no complete checkpoint{why}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import CheckpointError
-from accel.interfaces import Checkpoint, Entry, File, Place
+from accel.interfaces import PAGE, Checkpoint, Entry, File, Place
 
 DTYPES = {
     "float64": ("F64", 8),
@@ -40,9 +40,6 @@ DTYPES = {
 NAMES = {code: name for name, (code, _) in DTYPES.items()}
 LARGEST_HEADER = 100_000_000
 """Readers of the format refuse longer ones."""
-
-PAGE = 4096
-"""Where memory, disk and page cache begin a page: what begins there is read and written faster."""
 
 
 class Safetensors(Checkpoint):
