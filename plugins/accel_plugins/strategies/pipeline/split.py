@@ -73,7 +73,9 @@ def balance(found: Trace, blocks: set[str], stages: int, sizes: dict[str, int]) 
     """Cuts before block calls so that the costliest stage costs least; `sizes` are bytes of parameters by part.
 
     Cost is half a call's share of the time, and half its share of the memory for weights and activations. Alike
-    blocks count alike. Raises PrepareError if there are fewer block calls than stages.
+    blocks count alike. What follows the last block costs memory of the last stage but no time of it, since it runs once
+    all micro-batches are there, while the other stages wait wherever the cuts are. Raises PrepareError if there are
+    fewer block calls than stages.
     """
     starts = [place for place, call in enumerate(found.calls) if call.part in blocks]
     if len(starts) < stages:
@@ -83,13 +85,14 @@ def balance(found: Trace, blocks: set[str], stages: int, sizes: dict[str, int]) 
             "use fewer processes along the pipeline, another schedule than interleaved, which makes two stages for "
             "each, or name blocks with strategies.pipeline.split"
         )
-    costs = _costs(found, sizes)
+    costs = _costs(found, sizes, starts[-1])
     pieces = [sum(costs[a:b]) for a, b in pairwise([0, *starts[1:], len(costs)])]
     return [starts[place] for place in _partition(pieces, stages)]
 
 
-def _costs(found: Trace, sizes: dict[str, int]) -> list[float]:
-    seconds = [_typical([c.seconds for c in found.calls if _alike(c, call, sizes)]) for call in found.calls]
+def _costs(found: Trace, sizes: dict[str, int], last: int) -> list[float]:
+    seconds = [_typical([c.seconds for c in found.calls if _alike(c, call, sizes)]) for call in found.calls[: last + 1]]
+    seconds += [0.0] * (len(found.calls) - len(seconds))
     counted: set[str] = set()
     memory = []
     for call in found.calls:
