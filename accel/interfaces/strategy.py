@@ -85,8 +85,9 @@ class Strategy:
     takes_empty: ClassVar[bool] = False
     """Whether `setup` takes models without memory, made under `empty_init`, so that none is ever whole.
 
-    It then gives what this process holds of `is_empty` parameters memory, of any content, by
-    `accel.runtime.deferred.give_memory`; the values come afterwards. Else models are filled before."""
+    It may give what this process holds of `is_empty` parameters memory, of any content, by
+    `accel.runtime.deferred.give_memory`; the values come afterwards. Where it runs the model, it does so inside
+    `accel.runtime.deferred.runnable`. Else models are filled before."""
 
     def __init__(self, options: Any, mesh: AxisMesh, device: torch.device, precision: Precision) -> None:
         self.options, self.mesh, self.device, self.precision = options, mesh, device, precision

@@ -19,6 +19,9 @@ SMALL = 1 << 16
 Larger ones from elsewhere must stay as they are until they are read.
 """
 
+RESERVES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+"""Operations that give memory without a value."""
+
 
 class Memory:
     """The memory behind some tensors: its size in bytes, and the operation that wrote there last, if any has.
@@ -119,8 +122,7 @@ def pages(size: int) -> torch.UntypedStorage:
 
 def blank(like: Tensor) -> Tensor:
     """A tensor of this shape to write to."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    view = View(Memory(span * like.itemsize), None, like.dtype, tuple(like.shape), like.stride(), 0)
+    view = View(Memory(span_of(like) * like.itemsize), None, like.dtype, tuple(like.shape), like.stride(), 0)
     return view.within(pages(view.memory.size))
 
 
@@ -140,3 +142,35 @@ def reader(tensor: Tensor, size: int) -> Callable[[], Tensor]:
         return whole.clone()
 
     return read
+
+
+def span_of(tensor: Tensor) -> int:
+    """Elements from a tensor's first in memory to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in lists, dicts and the like."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def name_of(function: Any) -> str:
+    """An operation's name, without those of its namespace and overload."""
+    return str(function._schema.name.partition("::")[2])
+
+
+def written_to(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments that an operation writes to."""
+    written = []
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(args[place] if place < len(args) else kwargs.get(argument.name))
+    return tensors_in(written)
+
+
+def only_looks(function: Any, written: list[Tensor]) -> bool:
+    """Whether an operation returns the same memory in another shape, without reading it; it has `written` to these."""
+    if torch.Tag.inplace_view in function.tags:
+        return True
+    aliases = [value.alias_info for value in function._schema.returns]
+    return not written and bool(aliases) and all(alias is not None for alias in aliases)

@@ -25,14 +25,24 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..references import ReplacedView, refuse_view, views_of_parameters
-from .operations import SMALL, Memory, Operation, View, blank, pages, reader
+from .operations import (
+    RESERVES,
+    SMALL,
+    Memory,
+    Operation,
+    View,
+    blank,
+    name_of,
+    only_looks,
+    pages,
+    reader,
+    tensors_in,
+    written_to,
+)
 from .parameters import replace_parameters
 
 _OVERWRITES = {"normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "random_", "log_normal_", "cauchy_"}
 """Operations whose result does not depend on what was there before."""
-
-_RESERVES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-"""Operations that give memory without a value."""
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -76,9 +86,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         state = _generator_state(function, kwargs)
         given = tree_map_only(Tensor, self._view, (args, kwargs))
-        if _name(function) in _RESERVES and _stays_here(args, kwargs):
+        if name_of(function) in RESERVES and _stays_here(args, kwargs):
             results = self._reserved(function(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": False}))
-        elif any(self._is_hollow(tensor) for tensor in _tensors((args, kwargs))):
+        elif any(self._is_hollow(tensor) for tensor in tensors_in((args, kwargs))):
             results = self._call_hollow(function, args, kwargs, draws=state is not None)
         else:
             results = function(*args, **kwargs)
@@ -87,13 +97,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _call_hollow(self, function: Any, args: Any, kwargs: Any, draws: bool) -> Any:
         """Run an operation on tensors without memory: for its result's shape, unless somebody asks for its value."""
-        mutated = _mutated(function, args, kwargs)
-        if _only_looks(function, mutated):
+        mutated = written_to(function, args, kwargs)
+        if only_looks(function, mutated):
             return function(*args, **kwargs)
         asks = any("Tensor" not in str(value.type) for value in function._schema.returns)
         asks = asks or not all(map(self._is_hollow, mutated))
         if asks or draws:
-            value = blank if draws and _name(function) in _OVERWRITES else self._value_of
+            value = blank if draws and name_of(function) in _OVERWRITES else self._value_of
             args_, kwargs_ = tree_map_only(Tensor, lambda t: value(t) if self._is_hollow(t) else t, (args, kwargs))
             results = function(*args_, **kwargs_)
             if asks:
@@ -120,12 +130,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _write_down(self, function: Any, tensors: Any, given: Any, results: Any, state: Tensor | None) -> None:
         """Remember which memory this operation has made, and which it has written to."""
         made = tuple(self._made(result) for result in tree_leaves(results))
-        mutated = [self._view(tensor) for tensor in _mutated(function, *tensors)]
+        mutated = [self._view(tensor) for tensor in written_to(function, *tensors)]
         written = [view.memory for view in (*mutated, *made) if isinstance(view, View)]
-        if not written or _name(function) in _RESERVES:
+        if not written or name_of(function) in RESERVES:
             return
         views = [value for value in tree_leaves(given) if isinstance(value, View)]
-        if _name(function) in _OVERWRITES and views[0].covers:
+        if name_of(function) in _OVERWRITES and views[0].covers:
             views = views[1:]  # what was there before does not matter
         needs = dict.fromkeys(view.written for view in views if view.written)
         args, kwargs = given
@@ -235,17 +245,9 @@ def _generator_state(function: Any, kwargs: Any) -> Tensor | None:
     return (kwargs.get("generator") or torch.default_generator).get_state()
 
 
-def _only_looks(function: Any, mutated: list[Tensor]) -> bool:
-    """Whether an operation returns the same memory in another shape, without reading or writing it."""
-    if torch.Tag.inplace_view in function.tags:
-        return True
-    aliases = [value.alias_info for value in function._schema.returns]
-    return not mutated and bool(aliases) and all(alias is not None for alias in aliases)
-
-
 def _stays_here(args: Any, kwargs: Any) -> bool:
     """Whether an operation that gives memory gives main memory."""
-    device = kwargs.get("device") or next((tensor.device for tensor in _tensors(args)), torch.device("cpu"))
+    device = kwargs.get("device") or next((tensor.device for tensor in tensors_in(args)), torch.device("cpu"))
     return torch.device(device).type == "cpu" and kwargs.get("layout") in (None, torch.strided)
 
 
@@ -256,23 +258,6 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
-
-
-def _name(function: Any) -> str:
-    return str(function._schema.name.partition("::")[2])
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _mutated(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors among the arguments that an operation writes to."""
-    written = []
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(args[place] if place < len(args) else kwargs.get(argument.name))
-    return _tensors(written)
 
 
 def _key(tensor: Tensor) -> StorageWeakRef:

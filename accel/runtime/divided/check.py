@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...errors import PrepareError
+from ..deferred import hollow_whole
 from ..example import Inputs, tried_out
 from ..nested import map_tensors, tensors
 from ..shards import held_parameters
+from .projections import Projections
 from .tensor import Divided, whole_of
 
 
@@ -32,10 +34,13 @@ def refuse_compiled(modules: Mapping[str, nn.Module], setting: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a model gives on the example: output tensors by path, and gradients by parameter."""
+    """What a model gives on the example: output tensors by path, and gradients by parameter.
+
+    Of a gradient that is too large to be kept, it is a projection onto each dim; else the dim is None.
+    """
 
     outputs: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
+    gradients: Mapping[tuple[str, int | None], Tensor]
 
 
 def run(model: nn.Module, inputs: Inputs) -> Result:
@@ -44,7 +49,8 @@ def run(model: nn.Module, inputs: Inputs) -> Result:
     held = set(held_parameters(model))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p in held}
     kept = {name: p.grad for name, p in parameters.items()}
-    with tried_out(model), torch.enable_grad(), warnings.catch_warnings():
+    hollow = {name: p for name, p in parameters.items() if hollow_whole(p) is not None}
+    with tried_out(model), torch.enable_grad(), warnings.catch_warnings(), Projections(hollow) as projections:
         warnings.simplefilter("ignore")
         model.eval()
         for parameter in parameters.values():
@@ -55,7 +61,10 @@ def run(model: nn.Module, inputs: Inputs) -> Result:
             losses = [_weighted(tensor) for tensor in outputs.values() if tensor.requires_grad]
             if losses:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            gradients: dict[tuple[str, int | None], Tensor] = {
+                (name, None): p.grad for name, p in parameters.items() if p.grad is not None
+            }
+            gradients |= projections.found
         finally:
             for name, parameter in parameters.items():
                 parameter.grad = kept[name]
@@ -64,14 +73,15 @@ def run(model: nn.Module, inputs: Inputs) -> Result:
 
 def compare(found: Result, expected: Result) -> str:
     """The first output or parameter that differs beyond what the order of additions explains; empty if none does."""
-    if found.outputs.keys() != expected.outputs.keys() or found.gradients.keys() != expected.gradients.keys():
-        return f"other outputs or gradients: {sorted(found.gradients.keys() ^ expected.gradients.keys())[:3]}"
+    named, wanted = ({name for name, _ in result.gradients} for result in (found, expected))
+    if found.outputs.keys() != expected.outputs.keys() or named != wanted:
+        return f"other outputs or gradients: {sorted(named ^ wanted)[:3]}"
     for path, tensor in expected.outputs.items():
         if difference := _difference(found.outputs[path], tensor, 0.0):
             return f"output{path} by {difference:.1e}"
     largest = max((tensor.abs().max().item() for tensor in expected.gradients.values() if tensor.numel()), default=0.0)
-    for name, tensor in expected.gradients.items():
-        if difference := _difference(found.gradients[name], tensor, 1e-3 * largest):
+    for (name, dim), tensor in found.gradients.items():
+        if difference := _difference(tensor, expected.gradients[name, dim], 1e-3 * largest):
             return f"the gradient of {name} by {difference:.1e}"
     return ""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accel.runtime.adopt import own_method
 from accel.runtime.collectives import broadcast_in_place
+from accel.runtime.deferred import is_empty, runnable
 
 from .absent import absent_parameter
 from .batches import Batch
@@ -43,16 +44,18 @@ class StagedModel:
         self.among_others = dist.get_world_size() > self.ranks
         """Whether others may gather parameters with these processes, and so must go through as many passes."""
         self.streams, self.wire = Streams(self.device), Wire(strategy.mesh.group, self.device)
-        broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], strategy.mesh.group)
+        filled = (parameter for parameter in model.parameters() if not is_empty(parameter))
+        broadcast_in_place([t.detach() for t in (*filled, *model.buffers())], strategy.mesh.group)
         self.own_forward = own_method(model, "forward")
-        self.plan = make_plan(model, strategy)
-        self.split, self.parts, self.layout = self.plan.split, self.plan.stage, self.plan.layout
+        with runnable(model, self.device):
+            self.plan = make_plan(model, strategy)
+            self.split, self.parts, self.layout = self.plan.split, self.plan.stage, self.plan.layout
+            self.holders = self._find_holders()
+            self._let_go()
         self.own_buffers = OwnBuffers(model, self.plan.changes.own)
         self.questions = Questions(self.name, self.split.stages - 1)
-        self.holders = self._find_holders()
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
         self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)
-        self._let_go()
         listen(self)
         model.forward = functools.wraps(self.own_forward)(lambda *args, **kwargs: self.forward(*args, **kwargs))
         self.peak = 0

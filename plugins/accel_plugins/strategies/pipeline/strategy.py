@@ -29,6 +29,7 @@ class Pipeline(Strategy):
     axis = Axis.PIPELINE
     splits_backward: ClassVar[bool] = True
     places_parameters: ClassVar[bool] = True
+    takes_empty: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Strategy.Options):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place, gather_object
+from accel.runtime.deferred import is_empty, runnable
 from accel.runtime.divided import check
 from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.peers import Peers
@@ -40,21 +41,28 @@ class DividedModel:
         self._modules = dict(model.named_modules())
         self.check_compiled()
         self._check_parameters()
+        filled = (parameter for parameter in held_parameters(model) if not is_empty(parameter))
+        broadcast_in_place([t.detach() for t in (*filled, *model.buffers())], self.group)
+        with runnable(model, strategy.device):
+            self._find_division()
+        self._check_any()
+        self.numbers.share()
+
+    def _find_division(self) -> None:
+        """Decide how each layer is held, by running the model, and divide it."""
+        model, strategy = self.model, self.strategy
         originals = held_parameters(model)
-        broadcast_in_place([t.detach() for t in (*originals, *model.buffers())], self.group)
         inputs = example_inputs(model, strategy.options.example, "strategies.tensor.example")
         with own_kernels():
             self.numbers = Numbers(model, inputs, self.group, strategy.device)
-            self.decisions = Planner(model, self._observe(inputs), axis.size).decide(strategy.options.plan)
+            self.decisions = Planner(model, self._observe(inputs), self.peers.size).decide(strategy.options.plan)
             expected = check.run(model, inputs)
             self._divide(inputs, expected)
             self.activations = Activations(model, self.peers, strategy.options)
             if self.activations.settings:
                 self._divide_activations(inputs, expected)
-        self._check_any()
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
-        self.numbers.share()
 
     def check_compiled(self) -> None:
         """Raise PrepareError for a module that is compiled."""

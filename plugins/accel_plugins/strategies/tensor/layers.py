@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from accel.runtime.adopt import own_class
+from accel.runtime.deferred import hollow_whole
 from accel.runtime.divided.peers import Peers
 from accel.runtime.divided.products import added_up, by_columns, by_rows
 from accel.runtime.divided.tensor import whole_of
@@ -171,12 +172,18 @@ def _mixin(module: nn.Module, style: str) -> type[Layer]:
 
 
 def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None) -> nn.Parameter:
-    """A parameter as a DTensor, divided along a dim or replicated."""
-    whole = parameter.detach()
-    if isinstance(whole, DTensor):
-        whole = whole.full_tensor()
+    """A parameter as a DTensor, divided along a dim or replicated; one without memory still has none."""
     placements = [Replicate() if dim is None else Shard(dim)]
-    result = nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None), parameter.requires_grad)
+    whole: Any = hollow_whole(parameter)
+    if whole is not None:
+        part = whole if dim is None else whole.chunk(mesh.size(), dim)[mesh.get_local_rank()]
+        sizes = {"shape": whole.shape, "stride": whole.stride()}
+        divided = DTensor.from_local(part, mesh, placements, run_check=False, **sizes)
+    else:
+        whole = parameter.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        divided = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    result = nn.Parameter(divided, parameter.requires_grad)
     result.__dict__.update(parameter.__dict__)  # what the user noted there
     return result
 
