@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations as kind_of  # else each is of a class of its own
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def repeated_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost children of one class in a list, dict or sequence of modules, in order; they have parameters."""
-    kinds = Counter(type(child) for child in module.children() if computes(child) and has_parameters(child))
+    kinds = Counter(kind_of(child) for child in module.children() if computes(child) and has_parameters(child))
     for child in module.children():
-        if isinstance(module, _CONTAINERS) and kinds[type(child)] > 1:
+        if isinstance(module, _CONTAINERS) and kinds[kind_of(child)] > 1:
             yield child
         else:
             yield from repeated_modules(child)

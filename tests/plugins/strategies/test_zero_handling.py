@@ -363,12 +363,13 @@ class Parametrized(nn.Module):
         super().__init__()
         norms = (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal, nn.utils.spectral_norm)
         self.layers = nn.ModuleList(nn.Sequential(norm(nn.Linear(8, 8)), nn.BatchNorm1d(8)) for norm in norms)
+        self.alike = nn.Sequential(*(norms[0](nn.Linear(8, 8)) for _ in "ab"))
         self.none = nn.ParameterDict({"0": torch.empty(8, 0), "1": torch.randn(8)})
 
     def forward(self, x):
         for layer in self.layers:
             x = layer(x)
-        return x * self.none["1"] + self.none["0"].sum()
+        return self.alike(x) * self.none["1"] + self.none["0"].sum()
 
 
 class Called(nn.Module):

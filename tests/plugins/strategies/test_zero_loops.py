@@ -145,8 +145,11 @@ def test_a_bare_backward_that_a_rank_never_comes_to_is_refused(stage, late):
         run(2, bare_unreached, stage, late)
 
 
-def grad_on_one(late):
-    """In the second step rank 1 leaves out a gradient penalty, and goes on before rank 0 comes to it or after."""
+def grad_on_one(late, forward):
+    """In the second step rank 1 leaves out a gradient penalty, and goes on before rank 0 comes to it or after.
+
+    What it goes on to is its next backward, or a `forward`.
+    """
     accelerator, model, *_ = pair("zero3")
     x, seen = tokens(0, 2), []
     model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
@@ -157,14 +160,33 @@ def grad_on_one(late):
             time.sleep(late)
             [gradient] = torch.autograd.grad(logits.sum(), seen[-1], create_graph=True)
             loss = loss + gradient.square().mean()
+        if forward:
+            model(x)
         accelerator.backward(loss)
     dist.barrier()
 
 
-@pytest.mark.parametrize("late", [0, 0.5])
-def test_autograd_grad_that_a_rank_never_comes_to_is_refused(late):
+@pytest.mark.parametrize(("late", "forward"), [(0, False), (0.5, False), (0, True), (0.5, True)])
+def test_autograd_grad_that_a_rank_never_comes_to_is_refused(late, forward):
     with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in .* torch\.autograd\.grad, and rank 1 went on"):
-        run(2, grad_on_one, late)
+        run(2, grad_on_one, late, forward)
+
+
+def evaluated_on_one(stage, late):
+    """Rank 0 evaluates between two steps, without the other or after it."""
+    accelerator, model, optimizer, *_ = pair(stage)
+    for step in range(2):
+        if step and accelerator.is_main_process:
+            time.sleep(late)
+            with torch.no_grad():
+                model(tokens(0, 2)), model(tokens(1, 2))
+        train_one(accelerator, model, optimizer, step)
+
+
+@pytest.mark.parametrize(("stage", "late"), [("zero1", 0), ("zero3", 0.5)])
+def test_a_forward_on_one_rank_alone_is_refused(stage, late):
+    with pytest.raises(PrepareError, match=r"waits for rank . in a.*, and rank . went on to .* call the model on all"):
+        run(2, evaluated_on_one, stage, late)
 
 
 def twice(stage):
@@ -503,8 +525,9 @@ def judged(make_, judge, x):
     """What the judge learns from: its verdict, with a gradient penalty (Gulrajani et al. 2017)."""
     made = make_(x).detach().requires_grad_()
     (slope,) = torch.autograd.grad(judge(made).sum(), made, create_graph=True)
+    (curve,) = torch.autograd.grad(slope.square().sum(), made, create_graph=True)
     (worse,) = torch.autograd.grad(judge(made).sum(), made)
-    return judge(made + 0.1 * worse.sign()).mean() + (slope.norm(2, 1) - 1).square().mean()
+    return judge(made + 0.1 * worse.sign()).mean() + (slope.norm(2, 1) - 1).square().mean() + curve.mean()
 
 
 def make_judge():

@@ -62,7 +62,7 @@ class ShardedModel:
         gathers = strategy.reshards_after_forward
         wholes = Wholes.along(self._mesh, strategy.mesh.group)
         self.exchange = Exchange(self.groups, wholes, self.options.find_unused_parameters, gathers)
-        entries = Entries(model, blocks, self.groups)
+        entries = Entries(model, blocks, self.exchange)
         entries.wrap_methods(self.options.methods)
         entries.explain_methods(f"strategies.{strategy.name}.methods")
         entries.explain_forward(f"strategies.{strategy.name}.blocks")

@@ -17,14 +17,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from accel.errors import PrepareError
 
-from .groups import Groups
+from .exchange import Exchange
 
 
 class Entries:
     """Gathers before, and cleans up after, whatever outermost call reaches a model."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], groups: Groups) -> None:
-        self.model, self.groups = model, groups
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], exchange: Exchange) -> None:
+        self.model, self.exchange, self.groups = model, exchange, exchange.groups
         self._inside_blocks = {id(module) for block in blocks for module in block.modules()}
         self._order: _Order | None = None
         self._depth = 0
@@ -93,6 +93,8 @@ class Entries:
         return [m for m in modules if next(m.parameters(), None) is not None]
 
     def _call(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._depth:
+            self.exchange.begin_forward(self.groups.rest)
         self._depth += 1
         try:
             args, kwargs = self.groups.root._pre_forward(self.model, args, kwargs)
@@ -101,11 +103,15 @@ class Entries:
             self._leave()
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
-        if not self._depth and self._order is not None:
-            self._order.begin()
+        if not self._depth:
+            self.exchange.begin_forward(self.groups.all)
+            if self._order is not None:
+                self._order.begin()
         self._depth += 1
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._depth:
+            return  # it was refused before it began
         if self._depth == 1 and self._order is not None:
             self._order.end(broken_off=self.groups.interrupted)
         self._leave()
@@ -113,6 +119,7 @@ class Entries:
     def _enter_part(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth or not self.groups.idle:
             return None
+        self.exchange.begin_forward(self.groups.rest)
         self._depth += 1
         self._entered = module
         return self.groups.root._pre_forward(module, args, kwargs)
@@ -132,7 +139,7 @@ class Entries:
             return
         if self.groups.interrupted:
             self.groups.recover()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.groups.kept:
             self.groups.hide()
         else:
             self.groups.reshard()

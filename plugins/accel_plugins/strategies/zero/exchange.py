@@ -10,7 +10,7 @@ used, whose `.grad` then stays None as in one process.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from accel.errors import PrepareError
 from accel.runtime.nested import tensors
 
 from .groups import Groups, make_gradients_alike, whole_gradient
-from .passes import Passes
+from .passes import BACKWARD, BARE, FORWARD, STEP, Passes
 from .reach import Reach, agree_on_used, leaves_none, reach_of, reach_under_way
 from .wholes import Wholes
 
@@ -99,8 +99,7 @@ class Exchange:
         self._ran, self._begun = False, True
         self.wholes.begin(loss)
         if self.find_unused and (exchange or self.gathers):
-            if self.gathers:
-                self.passes.end_round()
+            self.passes.come_to(BACKWARD)
             self._reach = reach_of(loss, self.groups, [turn.calls for turn in self._in_order], self.group)
             self.passes.forget()
             reshard = reshard and not self._gather_if_unlike(self._reach)
@@ -118,15 +117,20 @@ class Exchange:
         self.wholes.end()
         self.groups.hide()
 
+    def begin_forward(self, groups: Iterable[Any]) -> None:
+        """A forward is about to gather what is not whole of these groups."""
+        if not all(map(self.groups.is_whole, groups)):
+            self.passes.come_to(FORWARD)
+
     def end_passes(self) -> None:
         """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
-        self.passes.end_round()
+        self.passes.come_to(STEP)
         self.wholes.end_passes()
 
     def _begin_bare(self) -> None:
         """A bare `loss.backward()` is about to wait: see to it that all processes ask for the same; all ranks."""
         self._begun = self._bare = True
-        self.passes.begin()
+        self.passes.come_to(BARE)
         self.wholes.arrive()
         if not ((self.gathers or self.wholes.in_pass) and self.find_unused):
             self._start(exchange=True, reshard=True)
@@ -139,8 +143,10 @@ class Exchange:
     def _begin_without_gradients(self) -> None:
         """`torch.autograd.grad` is about to wait for the others, where it gathers."""
         if self.gathers and not self._without_gradients:
-            self.passes.begin()
+            self.passes.come_to(BARE)
             self.wholes.arrive()
+        if torch.is_grad_enabled():  # as with create_graph=True
+            self.groups.keep(True)
         self._without_gradients = True
 
     def _gather_if_unlike(self, reach: Reach) -> bool:
@@ -157,6 +163,7 @@ class Exchange:
 
     def _start(self, exchange: bool, reshard: bool) -> None:
         """What `torch.autograd.grad` left gathered is freed at the end: torch gathers none for a second derivative."""
+        self.groups.keep(False)
         self._reshards_late = reshard and self._kept
         self._set(exchange, reshard and not self._kept)
         self._kept = False
@@ -189,8 +196,8 @@ class Exchange:
             return inputs
 
         def heard(*unused: Any) -> None:
-            if self._leaves_none:
-                return
+            if self._leaves_none or (not self._begun and leaves_none(self.groups)):
+                return  # a second derivative may come here before it comes to `arrive`
             turn.heard += 1
             if not group.reduce_grads:
                 turn.reduce()

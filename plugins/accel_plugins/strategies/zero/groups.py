@@ -30,6 +30,9 @@ class Groups:
     `all` begins with the group of what no block holds, if there is such; `rest` is that one or none.
     """
 
+    kept = False
+    """Whether a graph is alive whose second derivative torch would not gather for."""
+
     def __init__(self, model: nn.Module, scalars: Places, gather_dtype: torch.dtype | None = None) -> None:
         assert isinstance(model, FSDPModule)
         self.root: Any = model._get_fsdp_state()
@@ -44,6 +47,7 @@ class Groups:
         for parameter in self.parameters():
             narrow(parameter, scalars)
         self._hidden: set[Any] = set()
+        self._reshards = {group: group.post_forward_mesh_info for group in self.all}
         self._watches = {group: Watch(group) for group in self.all}
         for group in self.all:
             group.pre_forward = functools.partial(self._shown, group, group.pre_forward)
@@ -59,11 +63,21 @@ class Groups:
         for group in self.all:
             group._to_sharded()
 
+    def keep(self, kept: bool) -> None:
+        """Let what is gathered stay after a forward, for the second derivative of one before; or again not."""
+        self.kept = kept
+        for group, reshards in self._reshards.items():
+            group.post_forward_mesh_info = None if kept else reshards
+
     def gather(self) -> None:
         """Gather all parameters, in order; all ranks."""
         for group in self.all:
             group.unshard()
             group.wait_for_unshard()
+
+    def is_whole(self, group: Any) -> bool:
+        """Whether a forward would find a group gathered, and as it is."""
+        return bool(group.is_unsharded and not self._watches[group].outdated)
 
     def hide(self) -> None:
         """Let the model show its divided parameters, though gathered ones stay for the forward or backward to come.
@@ -117,6 +131,7 @@ class Groups:
 
     def stepped(self) -> None:
         """Free all gathered parameters, which an optimizer has changed."""
+        self.keep(False)
         self.reshard()
         for watch in self._watches.values():
             watch.compares = False

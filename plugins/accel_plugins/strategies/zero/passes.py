@@ -1,7 +1,7 @@
-"""A bare `loss.backward()`, or `torch.autograd.grad`, that some processes wait in and others never come to: an error.
+"""Points that all processes come to in the same order: where one waits for others that went elsewhere, an error.
 
-`accelerator.backward` is called on all processes, which then take part whatever their loss depends on. Torch alone
-knows of the others, and only where they reach the model. Without an error they hang.
+Forward and backward passes gather, exchange and agree. Where a loop calls them on some processes only, as to evaluate
+on the main one, those wait for the others, and these for them, at another point: without an error, a hang.
 """
 
 from __future__ import annotations
@@ -14,59 +14,50 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 
 from accel.errors import PrepareError
 
+FORWARD = "a forward that gathers"
+BARE = "a bare loss.backward(), or torch.autograd.grad"
+BACKWARD = "accelerator.backward"
+STEP = "a step, or clipping"
 _models = itertools.count()
 
 
 class Passes:
-    """Counts the bare passes of one model between the points where all processes must have come to equally many.
+    """Counts the points of one model. Each process looks in their store for which one another has come to before it.
 
-    A process that is about to wait in a pass says so in the processes' store, and one that comes to such a point says
-    which pass it has not seen. Each then looks for the word of the other, so that whoever is later finds it.
+    A process that finds another point than its own raises, whichever waits, so that the others do not for long.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
-        self._store: Store = PrefixStore(f"accel/bare/{next(_models)}", _get_process_group_store(group))
+        self._store: Store = PrefixStore(f"accel/passes/{next(_models)}", _get_process_group_store(group))
         self._rank, self._first = dist.get_rank(), dist.get_rank(group) == 0
-        self._round = self._passes = 0
-        self._words: list[str] = []
+        self._count = self._kept = 0
+        self._last = ""
 
-    def begin(self) -> None:
-        """A pass is about to wait for the others; raises PrepareError if one will not come to it."""
-        missing = self._say("waits", "left")
-        if missing is not None:
-            raise _unmatched(waiting=self._rank, missing=missing)
-        self._passes += 1
-
-    def end_round(self) -> None:
-        """No more passes, as a window or its exchange ends; all ranks. Raises PrepareError if others wait in one."""
-        waiting = self._say("left", "waits")
-        if waiting is not None:
-            raise _unmatched(waiting=waiting, missing=self._rank)
-        if self._passes:
-            self.forget()  # all processes have met in this round
-        waits = [f"{self._round}/{index}/waits" for index in range(self._passes)]
-        self._words += [*waits, f"{self._round}/{self._passes}/left"]
-        self._round, self._passes = self._round + 1, 0
+    def come_to(self, point: str) -> None:
+        """This process is about to wait for the others at a point; raises PrepareError if they will not come to it."""
+        if self._last in (FORWARD, BARE):
+            self.forget()  # this process could not have left it before all had met
+        found = self._store.compare_set(str(self._count), "", f"{self._rank} {point}").decode()
+        self._count, self._last = self._count + 1, point
+        rank, _, other = found.partition(" ")
+        if other != point:
+            raise _unmatched(*sorted([(point, self._rank), (other, int(rank))], key=lambda place: place[0] != BARE))
 
     def forget(self) -> None:
-        """Delete the words of the rounds before, once all processes have met after them."""
+        """Delete the words about points that all processes have come to, as they have met since."""
         if self._first:
-            for word in self._words:
-                self._store.delete_key(word)
-        self._words = []
-
-    def _say(self, word: str, other: str) -> int | None:
-        """Leave a word about the pass to come; returns the rank that left the other word about it, if one did."""
-        place = f"{self._round}/{self._passes}"
-        self._store.set(f"{place}/{word}", str(self._rank))
-        if not self._store.check([f"{place}/{other}"]):
-            return None
-        return int(self._store.get(f"{place}/{other}"))
+            for index in range(self._kept, self._count):
+                self._store.delete_key(str(index))
+        self._kept = self._count
 
 
-def _unmatched(waiting: int, missing: int) -> PrepareError:
+def _unmatched(one: tuple[str, int], other: tuple[str, int]) -> PrepareError:
+    (point, waiting), (elsewhere, missing) = one, other
+    advice = "call the model on all ranks alike, also to evaluate"
+    if BARE in (point, elsewhere):
+        advice = (
+            "call accelerator.backward(loss) on all ranks, whatever it depends on, and torch.autograd.grad on all alike"
+        )
     return PrepareError(
-        f"loss.backward(): rank {waiting} waits for rank {missing} in a bare loss.backward(), or torch.autograd.grad, "
-        f"and rank {missing} went on without one that reaches the model; call accelerator.backward(loss) on all ranks, "
-        "whatever it depends on, and torch.autograd.grad on all alike"
+        f"rank {waiting} waits for rank {missing} in {point}, and rank {missing} went on to {elsewhere}; {advice}"
     )

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from accel.errors import PrepareError
 from accel.runtime.graph import nodes_of
 
-from .passes import Passes
+from .passes import BACKWARD, BARE, STEP, Passes
 
 _will_execute = torch._C._will_engine_execute_node
 _axes: dict[str, Wholes] = {}
@@ -63,7 +63,7 @@ class Wholes:
     def begin(self, loss: Tensor) -> None:
         """A backward pass from `loss` is about to run; all ranks. Raises PrepareError where they use other wholes."""
         if self.made:
-            self.passes.end_round()
+            self.passes.come_to(BACKWARD)
             self._agree(getattr(node, "whole", 0) for node in nodes_of(loss))
         self._begun = True
 
@@ -73,7 +73,7 @@ class Wholes:
             return
         self._begun = True
         torch.autograd.Variable._execution_engine.queue_callback(self.end)
-        self.passes.begin()
+        self.passes.come_to(BARE)
         nodes = [node for node in (ref() for ref in self._nodes) if node is not None]
         self._agree(node.whole for node in nodes if _will_execute(node))
 
@@ -84,7 +84,7 @@ class Wholes:
     def end_passes(self) -> None:
         """No process may be in a pass that was not announced; all ranks."""
         if self.made:
-            self.passes.end_round()
+            self.passes.come_to(STEP)
 
     def remember(self, node: Any) -> None:
         """Note the node of the graph through which a gradient will come that is to be averaged."""
