@@ -16,7 +16,7 @@ from .deferred import Filling
 from .gradients import Arrivals
 from .handling import mind_divided_tensors
 from .references import View, refuse_parameter, refuse_view, views_of_parameters
-from .shards import accept_whole_model_states, divide_state, whole_tensor
+from .shards import Elsewhere, accept_whole_model_states, divide_state, whole_tensor
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -156,5 +156,6 @@ def rebind(optimizer: Optimizer, replaced: dict[int, nn.Parameter]) -> None:
     for group in optimizer.param_groups:
         group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
     for old in [parameter for parameter in optimizer.state if replaced.get(id(parameter), parameter) is not parameter]:
-        new = replaced[id(old)]
-        optimizer.state[new] = divide_state(optimizer.state.pop(old), new)
+        kept, new = optimizer.state.pop(old), replaced[id(old)]
+        if not isinstance(new, Elsewhere):
+            optimizer.state[new] = divide_state(kept, new)

@@ -140,10 +140,15 @@ def test_uneven_micro_batches():
 
 
 def held_elements():
-    _, model, _ = prepared("deep gpt")
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, Elsewhere)), sum(
-        p.numel() for p in model.blocks.parameters() if not isinstance(p, Elsewhere)
+    """Those of all parameters, of the blocks', and of the state of an optimizer that has it from the start."""
+    case = CASES["deep gpt"]
+    model = make(case)
+    optimizer = torch.optim.Adagrad(model.parameters())
+    model, optimizer = accelerator_for(case, num_processes=dist_size()).prepare(model, optimizer)
+    held, of_blocks = (
+        sum(p.numel() for p in module.parameters() if not isinstance(p, Elsewhere)) for module in (model, model.blocks)
     )
+    return held, of_blocks, sum(state["sum"].numel() for state in optimizer.state.values())
 
 
 def test_a_process_holds_its_stage_only():
@@ -151,7 +156,8 @@ def test_a_process_holds_its_stage_only():
     whole = GPT(8)
     each_block = sum(p.numel() for p in whole.blocks[0].parameters())
     outside = sum(p.numel() for p in whole.parameters()) - 8 * each_block
-    for held, of_blocks in run(4, held_elements):
+    for held, of_blocks, of_state in run(4, held_elements):
+        assert of_state == held
         assert of_blocks == 2 * each_block
         assert held <= of_blocks + outside
 
