@@ -198,7 +198,9 @@ def tensors(nested: Any) -> Iterator[Tensor]:
 def gathered(model: nn.Module) -> Iterator[Tensor]:
     """Whole parameters of a model under `fully_shard`, which have no memory where they have been freed."""
     for module in model.modules():
-        for group in getattr(getattr(module, "_get_fsdp_state", object)(), "_fsdp_param_groups", ()):
+        state = getattr(module, "_get_fsdp_state", object)()
+        one = getattr(state, "_fsdp_param_group", None)  # torch 2.11
+        for group in getattr(state, "_fsdp_param_groups", [one] if one is not None else []):
             yield from (p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param"))
 
 

@@ -6,6 +6,7 @@ Torch does each of these with a DTensor, most without an error, but not as with 
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import PrepareError
-from .shards import divide_like, whole_tensor
+from .shards import divide_like, held_part, like_part, whole_tensor
 
 _DRAWS = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_")
 _OPERATORS = ("add", "sub", "mul", "truediv", "pow", "matmul")
@@ -59,10 +60,21 @@ def _refuse_to_draw(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _mind_gradient(parameter: nn.Parameter) -> None:
-    """Let gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole."""
-    placements, trains = parameter.placements, parameter.requires_grad  # type: ignore[attr-defined]
+    """Let gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole.
+
+    It also does so where it copies one whose strides are not the parameter's (2.11).
+    """
+    this, trains = weakref.ref(parameter), parameter.requires_grad
+
+    def lay_out(gradient: Any) -> Any:
+        model: Any = this()
+        if gradient.placements == model.placements and held_part(gradient).is_contiguous():
+            return gradient
+        gradient = gradient.redistribute(placements=model.placements)
+        return gradient if gradient.requires_grad else like_part(held_part(gradient).contiguous(), model)
+
     parameter.requires_grad_()  # hooks stay when that is changed, but can only be added while it holds
-    parameter.register_hook(lambda gradient: gradient.redistribute(placements=placements))  # type: ignore[no-untyped-call]
+    parameter.register_hook(lay_out)  # type: ignore[no-untyped-call]
     parameter.requires_grad_(trains)
 
 

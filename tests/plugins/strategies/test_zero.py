@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accel_plugins.strategies.zero.groups import groups_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -245,7 +246,7 @@ def memory_behind(tensors):
 
 
 def _groups(model):
-    return [g for state in fully_shard.state(model)._state_ctx.all_states for g in state._fsdp_param_groups]
+    return [g for state in fully_shard.state(model)._state_ctx.all_states for g in groups_of(state)]
 
 
 @stages

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accel_plugins.strategies.zero import comm
 from accel_plugins.strategies.zero.comm import Peers
+from accel_plugins.strategies.zero.groups import groups_of
 from accel_plugins.strategies.zero.memory import Spare
 from torch.distributed.fsdp import fully_shard
 
@@ -117,7 +118,7 @@ def divided_meanwhile():
     """Between the beginning and the end of gathering, somebody asks that all be divided."""
     accelerator = accelerator_for("zero3")
     model, reference = accelerator.prepare(make()), make()
-    groups = [group for state in fully_shard.state(model)._state_ctx.all_states for group in state._fsdp_param_groups]
+    groups = [group for state in fully_shard.state(model)._state_ctx.all_states for group in groups_of(state)]
     for group in groups:
         group.unshard()
         group.reshard()

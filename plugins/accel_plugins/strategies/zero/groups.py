@@ -39,11 +39,11 @@ class Groups:
         if gather_dtype is not None:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
-                    _narrow(_groups_of(module._get_fsdp_state()), gather_dtype)
+                    _narrow(groups_of(module._get_fsdp_state()), gather_dtype)
         self.root._lazy_init()
         self.states: list[Any] = list(self.root._state_ctx.all_states)
-        self.rest: list[Any] = _groups_of(self.root)
-        self.all: list[Any] = [group for state in self.states for group in _groups_of(state)]
+        self.rest: list[Any] = groups_of(self.root)
+        self.all: list[Any] = [group for state in self.states for group in groups_of(state)]
         for parameter in self.parameters():
             narrow(parameter, scalars)
         self._hidden: set[Any] = set()
@@ -213,7 +213,8 @@ def whole_gradient(parameter: Any) -> Any:
     return parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None
 
 
-def _groups_of(state: Any) -> list[Any]:
+def groups_of(state: Any) -> list[Any]:
+    """Torch's own groups of one module, of which 2.11 knows one at most."""
     several = getattr(state, "_fsdp_param_groups", None)
     if several is not None:
         return list(several)

@@ -52,8 +52,9 @@ def narrow(parameter: Any, places: Places) -> None:
     parameter._orig_size = parameter.sharded_size = _SCALAR
     parameter._contiguous_orig_stride = parameter.contiguous_sharded_stride = ()
     parameter._sharding_spec = spec
-    if parameter._unsharded_dtensor_spec is not None:  # whole along another axis
-        parameter._unsharded_dtensor_spec = replace(parameter._unsharded_dtensor_spec, tensor_meta=meta)
+    of_other_axis = "_unsharded_dtensor_spec" if hasattr(parameter, "_unsharded_dtensor_spec") else "_tp_spec"  # 2.11
+    if (known := getattr(parameter, of_other_axis, None)) is not None:
+        setattr(parameter, of_other_axis, replace(known, tensor_meta=meta))
     whole = DTensor.from_local(old._local_tensor.view(()), mesh, spec.placements, run_check=False)
     parameter.sharded_param = nn.Parameter(whole.detach(), requires_grad=old.requires_grad)
     parameter.reset_sharded_param = functools.partial(_reset, parameter)
