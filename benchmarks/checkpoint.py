@@ -4,11 +4,13 @@
     python benchmarks/checkpoint.py --megabytes 1000 --processes 1 2 4 --rounds 5 --folder /on/the/disk
 
 The state is a model's weights and Adam's two moments. Ours is divided by zero3, as is that of torch's distributed
-checkpoint; torch.save and Accelerate write a whole one from the first process. Rows take turns, round after round, so
-that what the machine does to one it does to all; shown are medians, and ratios of medians. A row lasts from when the
-first process begins to when the last one ends.
+checkpoint; torch.save and Accelerate write a whole one from the first process. Rows take turns, round after round, and
+what a row is compared with is measured right before it, so that what the machine does to one it does to the other.
+Shown are medians of seconds and of ratios, and the least and the most ratio: the closer these are, the more the ratio
+can be trusted. A row lasts from when the first process begins to when the last one ends.
 
-Every save replaces the one before, as `dd` replaces its file, and is on disk before its time ends. Loads are into
+Every save replaces the one before and is on disk before its time ends; ours deletes the one before behind the training,
+which is a row of its own. `dd` writes a new file. Loads are into
 models and optimizers that have been trained, from the disk, after the page cache was told to forget the files, and from
 the page cache, as those loads have left them there. They are compared with the raw read and the copy: all processes at
 once, each in one thread, read their shares of the bytes of our checkpoint into one small buffer, and copy what they
@@ -27,7 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class Row:
     name: str
     act: Callable[[], Any]
     base: Sequence[str] = ()
-    """The rows with whose sum it is compared."""
+    """The rows with whose sum it is compared: their measurements just before it."""
 
     files: Path | None = None
     cached: bool = False
@@ -108,41 +110,41 @@ class Contenders:
 
     def rows(self) -> Iterator[Row]:
         """In the order in which they take turns."""
-        ours, theirs = (self.folder / name for name in ("accel", "dcp"))
-        alone = not self.several
-        accelerator = self.accelerator
-        yield Row("dd, flushed", lambda: self.main and self.dd())
-        yield Row("accel save_state", lambda: accelerator.save_state(ours), ["dd, flushed"])
-        yield Row(
-            "  stall if blocking=False", lambda: accelerator.save_state(ours, blocking=False), ["accel save_state"]
-        )
-        yield Row("  and the wait for it", accelerator._checkpoints.wait)
-        yield Row("forward and backward", self.compute)
+        ours, theirs, pt = (self.folder / name for name in ("accel", "dcp", "pt"))
+        accelerator, alone = self.accelerator, not self.several
+        checkpoints = accelerator._checkpoints
         behind = partial(accelerator.save_state, ours, blocking=False)
-        yield Row("  while a save is written", self.compute, ["forward and backward"], before=behind)
-        yield Row("  and the wait for it, then", accelerator._checkpoints.wait)
-        yield Row("torch.save", lambda: self.main and self.torch_save(), ["dd, flushed"])
-        yield Row("DCP", lambda: dcp.save(self.state, checkpoint_id=theirs, no_dist=alone), ["dd, flushed"])
-        for cached, where in ((False, "disk"), (True, "page cache")):
-            read = f"raw read, {where}"
-            settled = partial(self.settle, ours) if not cached else lambda: None
-            yield Row(read, lambda: self.read(ours), [], ours, cached, settled)
-            if not cached:
-                yield Row("copy", self.copy)
-            should = [read, "copy"]
-            yield Row(f"accel load_state, {where}", lambda: accelerator.load_state(ours), should, ours, cached)
-            yield Row(
-                f"torch.load, {where}", lambda: self.main and self.torch_load(), should, self.folder / "pt", cached
-            )
-            yield Row(
-                f"DCP load, {where}",
-                lambda: dcp.load(self.state, checkpoint_id=theirs, no_dist=alone),
-                should,
-                theirs,
-                cached,
-            )
+        compute = Row("forward and backward", self.compute)
+        dd = Row("dd, flushed", lambda: self.main and self.dd(), before=self.remove_raw)
+        yield dd
+        yield Row("accel save_state", lambda: accelerator.save_state(ours), [dd.name])
+        yield Row("  stall if blocking=False", behind, ["accel save_state"], before=checkpoints.finish)
+        yield Row("  and the wait for it", checkpoints.wait)
+        yield Row("  and the deletion of the one before", checkpoints.finish)
+        yield compute
+        yield Row("  while a save is written", self.compute, [compute.name], before=behind)
+        yield Row("  and the wait for it, then", checkpoints.wait)
+        yield replace(dd, before=lambda: (checkpoints.finish(), self.remove_raw()))
+        yield Row("torch.save", lambda: self.main and self.torch_save(), [dd.name])
+        yield dd
+        yield Row("DCP", lambda: dcp.save(self.state, checkpoint_id=theirs, no_dist=alone), [dd.name])
+        yield from self.beside_raw("accel load_state", lambda: accelerator.load_state(ours), ours)
+        yield from self.beside_raw("torch.load", lambda: self.main and self.torch_load(), pt)
+        load = partial(dcp.load, self.state, checkpoint_id=theirs, no_dist=alone)
+        yield from self.beside_raw("DCP load", load, theirs)
         if importlib.util.find_spec("accelerate"):
+            yield dd
             yield from self.accelerate()
+
+    def beside_raw(self, name: str, load: Callable[[], Any], folder: Path) -> Iterator[Row]:
+        """A load from disk and one from the page cache, each after the raw read of our checkpoint and the copy."""
+        ours = self.folder / "accel"
+        for cached, where in ((False, "disk"), (True, "page cache")):
+            settle = partial(self.settle, ours) if not cached else lambda: None
+            read, copy = Row(f"raw read, {where}", self.read, [], ours, cached, settle), Row("copy", self.copy)
+            yield read
+            yield copy
+            yield Row(f"{name}, {where}", load, [read.name, copy.name], folder, cached)
 
     def accelerate(self) -> Iterator[Row]:
         """Hugging Face's library, over torch's DDP if there are several processes."""
@@ -157,22 +159,23 @@ class Contenders:
                 flush(folder)
 
         yield Row("accelerate save_state", save, ["dd, flushed"])
-        for cached, where in ((False, "disk"), (True, "page cache")):
-            load = f"accelerate load_state, {where}"
-            yield Row(load, lambda: peer.load_state(str(folder)), [f"raw read, {where}", "copy"], folder, cached)
+        yield from self.beside_raw("accelerate load_state", lambda: peer.load_state(str(folder)), folder)
 
     def dd(self) -> None:
         """The disk alone: as many bytes into a new file, flushed."""
         raw = self.folder / "raw" / "file"
         raw.parent.mkdir(exist_ok=True)
-        raw.unlink(missing_ok=True)
         count = 4 * FLOATS * self.width**2 >> 20
         command = ["dd", "if=/dev/zero", f"of={raw}", "bs=1M", f"count={count}", "conv=fsync"]
         subprocess.run(command, check=True, capture_output=True)
 
-    def read(self, folder: Path) -> None:
-        """This process's share of each file, into one buffer."""
-        for path in filter(Path.is_file, folder.rglob("*")):
+    def remove_raw(self) -> None:
+        if self.main:
+            (self.folder / "raw" / "file").unlink(missing_ok=True)
+
+    def read(self) -> None:
+        """This process's share of each file of our checkpoint, into one buffer."""
+        for path in filter(Path.is_file, (self.folder / "accel").rglob("*")):
             size = path.stat().st_size
             read(path, size * self.rank // self.processes, size * (self.rank + 1) // self.processes)
 
@@ -233,8 +236,10 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-Spans = dict[str, tuple[Sequence[str], list[tuple[float, float]]]]
-"""For each row those that it is compared with, and when this process began and ended in each round, in seconds."""
+Span = tuple[float, float, list[tuple[str, int]]]
+"""When this process began and ended a row, in seconds, and which measurements of which rows it is compared with."""
+
+Spans = dict[str, list[Span]]
 
 
 def measure(folder: Path, megabytes: int, rounds: int) -> Spans:
@@ -248,10 +253,11 @@ def measure(folder: Path, megabytes: int, rounds: int) -> Spans:
             if row.files and contenders.main:
                 (read_all if row.cached else forget)(row.files)
             row.before()
-            span = timed(row.act, contenders.several)
+            start, stop = timed(row.act, contenders.several)
             if count:
-                spans.setdefault(row.name, (row.base, []))[1].append(span)
-    contenders.accelerator.free_memory()
+                base = [(name, len(spans[name]) - 1) for name in row.base]
+                spans.setdefault(row.name, []).append((start, stop, base))
+    contenders.accelerator.end_training()
     return spans
 
 
@@ -264,12 +270,12 @@ def timed(act: Callable[[], Any], several: bool) -> tuple[float, float]:
     return start, time.perf_counter()
 
 
-def seconds(spans: Sequence[Spans]) -> dict[str, tuple[Sequence[str], list[float]]]:
-    """From the begin of the first process to the end of the last, of each row in each round."""
+def seconds(ranks: Sequence[Spans]) -> dict[str, list[float]]:
+    """From the begin of the first process to the end of the last, of each measurement of each row."""
     found = {}
-    for name, (base, _) in spans[0].items():
-        rounds = zip(*(each[name][1] for each in spans), strict=True)
-        found[name] = base, [max(stop for _, stop in ranks) - min(start for start, _ in ranks) for ranks in rounds]
+    for name in ranks[0]:
+        each = zip(*(spans[name] for spans in ranks), strict=True)
+        found[name] = [max(stop for _, stop, _ in one) - min(start for start, _, _ in one) for one in each]
     return found
 
 
@@ -290,12 +296,15 @@ def resume(folder: Path, batch: int) -> float:
     return statistics.median(stop - start for start, stop in (timed(first, False) for _ in range(5)))
 
 
-def show(times: dict[str, tuple[Sequence[str], list[float]]]) -> None:
-    for name, (base, seconds) in times.items():
-        median = statistics.median(seconds)
-        ratio = median / sum(statistics.median(times[row][1]) for row in base) if base else 0.0
-        compared = f"{ratio:5.2f} x {' + '.join(base)}" if base else ""
-        print(f"  {name:34} {median:7.3f} s   {compared}")
+def show(ranks: Sequence[Spans]) -> None:
+    times = seconds(ranks)
+    for name, spans in ranks[0].items():
+        text = f"  {name:38} {statistics.median(times[name]):7.3f} s"
+        if base := [row for row, _ in spans[0][2]]:
+            sums = [sum(times[row][i] for row, i in beside) for _, _, beside in spans]
+            ratios = [own / both for own, both in zip(times[name], sums, strict=True)]
+            text += f"   {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f}) x {' + '.join(base)}"
+        print(text)
 
 
 def main() -> None:
@@ -308,11 +317,11 @@ def main() -> None:
     for count in options.processes:
         folder = Path(tempfile.mkdtemp(dir=options.folder))
         try:
-            times = seconds(run(count, measure, folder, options.megabytes, options.rounds, timeout=1800))
+            ranks = run(count, measure, folder, options.megabytes, options.rounds, timeout=1800)
         finally:
             shutil.rmtree(folder)
-        print(f"\n{count} processes, {options.megabytes} MB, median of {options.rounds} rounds")
-        show(times)
+        print(f"\n{count} processes, {options.megabytes} MB, {options.rounds} rounds: median; ratio (least to most)")
+        show(ranks)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = {batch: run(1, resume, Path(folder), batch)[0] for batch in (0, BATCHES)}
     print(f"\nresume, from load_state to the first batch: {found[0]:.3f} s at batch 0, {found[BATCHES]:.3f} s at 10^6")
