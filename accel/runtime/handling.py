@@ -59,23 +59,33 @@ def _refuse_to_draw(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     )
 
 
-def _mind_gradient(parameter: nn.Parameter) -> None:
-    """Let gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole.
+class _LayOut:
+    """Lets gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole.
 
     It also does so where it copies one whose strides are not the parameter's (2.11).
     """
-    this, trains = weakref.ref(parameter), parameter.requires_grad
 
-    def lay_out(gradient: Any) -> Any:
-        model: Any = this()
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = weakref.ref(parameter)
+
+    def __call__(self, gradient: Any) -> Any:
+        model: Any = self._parameter()
         if gradient.placements == model.placements and held_part(gradient).is_contiguous():
             return gradient
         gradient = gradient.redistribute(placements=model.placements)
         return gradient if gradient.requires_grad else like_part(held_part(gradient).contiguous(), model)
 
+
+def _mind_gradient(parameter: nn.Parameter) -> None:
+    trains = parameter.requires_grad
     parameter.requires_grad_()  # hooks stay when that is changed, but can only be added while it holds
-    parameter.register_hook(lay_out)  # type: ignore[no-untyped-call]
+    parameter.register_hook(_LayOut(parameter))  # type: ignore[no-untyped-call]
     parameter.requires_grad_(trains)
+
+
+def gradient_hooks(parameter: Tensor) -> list[Any]:
+    """What a loop has registered to be called with a divided parameter's gradients, which it may replace."""
+    return [hook for hook in (parameter._backward_hooks or {}).values() if not isinstance(hook, _LayOut)]
 
 
 @functools.cache

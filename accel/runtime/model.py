@@ -42,6 +42,7 @@ class ModelPart(Part):
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
         self.precision.convert(model)
         before = dict(model.named_parameters(remove_duplicate=False))
+        hooked = [name for name, p in before.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
         views = views_of_parameters(list(model.modules()))
         for strategy in self.strategies:
             if not strategy.takes_empty:
@@ -57,6 +58,7 @@ class ModelPart(Part):
         self.replaced = {id(old): after[name] for name, old in before.items()}
         self.owned = {id(parameter) for parameter in after.values()}
         self._refuse_old(before, views)
+        self._refuse_hooks(hooked, before)
         if self.unfilled:
             model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
                 lambda module, keys: self.filled_but(keys.missing_keys)
@@ -72,6 +74,14 @@ class ModelPart(Part):
         for name, parameter in before.items():
             if self.replaced[id(parameter)] is not parameter:
                 refuse_parameter(parameter, name)
+
+    def _refuse_hooks(self, names: Iterable[str], before: Mapping[str, nn.Parameter]) -> None:
+        for name in names:
+            if self.replaced[id(before[name])] is not before[name]:
+                raise PrepareError(
+                    f"prepare: parameter {name!r} has hooks for its gradient, but prepare() replaces the parameter; "
+                    "register them after it, with the parameter that the model then has"
+                )
 
     def filled_but(self, missing: Iterable[str]) -> None:
         """Weights were loaded, for all parameters but these."""

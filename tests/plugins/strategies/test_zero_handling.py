@@ -268,6 +268,43 @@ def test_what_forward_changes_in_gathered_parameters_is_refused(stage):
     run(2, clamps, stage)
 
 
+def hooked(stage):
+    """Hooks change gradients, and are told of them; those that `prepare` would lose are refused."""
+    accelerator = accelerator_for(stage)
+    model, mine, reference, theirs = pair(accelerator)
+    part, told = vectors().chunk(accelerator.num_processes)[accelerator.process_index], []
+    for m in (model, reference):
+        for p in m.parameters():
+            p.register_hook(lambda gradient: gradient * 0.5)
+        m.first.register_hook(lambda gradient: told.append(whole(gradient)))
+    for _ in range(2):
+        accelerator.backward(model(part).square().mean() + squares(model))
+        (reference(vectors()).square().mean() + squares(reference)).backward()
+        mine.step(), mine.zero_grad(), theirs.step(), theirs.zero_grad()
+    assert_same_weights(model, reference)
+    assert len(told) == 6  # of the penalty by itself too, which one process adds up first
+    late = Net()
+    late.head.bias.register_hook(print)
+    with pytest.raises(PrepareError, match=r"'head\.bias' has hooks for its gradient"):
+        accelerator.prepare(late)
+
+
+@stages
+def test_hooks_of_gradients_are_called(stage):
+    run(2, hooked, stage)
+
+
+def alone_hooked():
+    model = accelerator_for("zero3", {"offload": "cpu"}).prepare(Net())
+    model.first.register_hook(print)
+    with pytest.raises(PrepareError, match=r"register_hook\(\) on the divided parameter 'first' would not be called"):
+        model(vectors()).sum().backward()
+
+
+def test_hooks_that_torch_would_not_call_are_refused():
+    run(1, alone_hooked)
+
+
 # -- what refers to parameters from before -----------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ the system filling fresh pages with zeros, cost more than the sending itself.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, TrainingState
+
+from accel.errors import PrepareError
+from accel.runtime.handling import gradient_hooks
 
 from .groups import whole_gradient
 from .memory import LINE_BYTES, GatheredMemory, Spare
@@ -242,12 +246,16 @@ def _take_gradient(parameter: Any) -> Tensor:
 
 
 def _give_gradient(parameter: Any, part: Tensor) -> None:
-    """Add to what a divided parameter has for a gradient, and tell those who asked to know."""
+    """Add to what a divided parameter has for a gradient; those who asked to know may replace it, or are told."""
     divided = parameter.sharded_param
+    gradient = parameter.to_sharded_dtensor(part)
+    for hook in gradient_hooks(divided):
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
     if divided.grad is None:
-        divided.grad = parameter.to_sharded_dtensor(part)
+        divided.grad = gradient
     else:
-        divided.grad._local_tensor.add_(part)
+        divided.grad._local_tensor.add_(gradient._local_tensor)
     for hook in (divided._post_accumulate_grad_hooks or {}).values():
         hook(divided)
 
@@ -266,3 +274,16 @@ def improve_collectives(groups: Iterable[Any], device: torch.device, spare: Spar
             peers = peers or Peers(among, device)
             replicated = isinstance(group.mesh_info, DDPMeshInfo)
             DirectGroup(group, peers, group._all_reduce_process_group if replicated else None, spare)
+        else:
+            group.post_backward = functools.partial(_refuse_hooks, group, group.post_backward)
+
+
+def _refuse_hooks(group: Any, reduce: Any, *args: Any) -> None:
+    """Torch's own exchange does not come past those who asked to be called with a gradient."""
+    for parameter in group.fsdp_params:
+        if gradient_hooks(parameter.sharded_param):
+            raise PrepareError(
+                f"backward: register_hook() on the divided parameter {parameter._param_fqn!r} would not be called; "
+                "change its .grad after the backward pass"
+            )
+    reduce(*args)
