@@ -143,7 +143,8 @@ def merge(messages: Sequence[Message], sizes: Sequence[int], split: Split) -> tu
     """What the micro-batches brought to the end, as of one batch.
 
     Returns also, for each tensor of it, its place in each micro-batch's payload. A result that not all of them have,
-    as where the forward takes a part for some samples only, is left out.
+    as where the forward takes a part for some samples only, is left out. So is that of a call which the example did not
+    make, of which nobody knows along which dim it counts samples: the end makes it again, of the whole batch.
     """
     calls: dict[tuple[str, int], Called] = {}
     payload: list[Tensor] = []
@@ -151,7 +152,8 @@ def merge(messages: Sequence[Message], sizes: Sequence[int], split: Split) -> tu
     origins: list[list[int | None]] = []
     tables = [{(called.part, called.ordinal): called for called in message.calls} for message in messages]
     for key, first in {key: called for table in reversed(tables) for key, called in table.items()}.items():
-        found = [table.get(key) for table in tables]
+        planned = split.plans(*key) or len(messages) == 1
+        found = [table.get(key) if planned else None for table in tables]
         whole = []
         for place, leaf in enumerate(first.leaves):
             same = [called.leaves[place] if called is not None else None for called in found]

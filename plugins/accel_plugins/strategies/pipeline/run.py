@@ -195,7 +195,7 @@ class Run:
                     self._kept.pop(result, None)
 
     def _is_planned(self, called: Called) -> bool:
-        return called.ordinal < len(self.split.places.get(called.part, ()))
+        return self.split.plans(called.part, called.ordinal)
 
     def _check_unchanged(self) -> None:
         for result, kept in self._kept.items():

@@ -37,6 +37,10 @@ class Split:
     batch_dims: dict[Result, int] = field(default_factory=dict)
     """Along which dim micro-batches of a result make up the whole batch; none where they are all the same."""
 
+    def plans(self, part: str, ordinal: int) -> bool:
+        """Whether the example made this call."""
+        return ordinal < len(self.places.get(part, ()))
+
     def stage_of(self, part: str, ordinal: int, current: int) -> int:
         """The stage of a call; one that the example did not have belongs to the current stage."""
         known = self.places.get(part)

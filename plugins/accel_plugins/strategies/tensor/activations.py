@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from accel.errors import PrepareError
-from accel.runtime.divided.borders import Borders, Whereabouts
+from accel.runtime.divided.borders import Whereabouts
 from accel.runtime.divided.peers import Peers
 
 from .plan import Decisions
@@ -44,8 +44,6 @@ class Activations:
                 f"embedding that gives [.., at least {self.peers.size} positions, width]; say a longer input in "
                 "strategies.tensor.example, or leave the option out"
             )
-        if self.sequence:
-            self.peers.begins = Borders(self.model).begin  # at the next forward, when all hooks are there
 
     def describe(self, found: dict[str, str]) -> None:
         """Add to what is said of each layer."""

@@ -13,6 +13,7 @@ from accel.errors import PrepareError
 from accel.runtime.collectives import broadcast_in_place, gather_object
 from accel.runtime.deferred import is_empty, runnable
 from accel.runtime.divided import check
+from accel.runtime.divided.borders import Borders
 from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.peers import Peers
 from accel.runtime.example import Inputs, example_inputs
@@ -46,6 +47,7 @@ class DividedModel:
         with runnable(model, strategy.device):
             self._find_division()
         self._check_any()
+        self.peers.begins = Borders(model).begin  # at the next forward, when all hooks are there
         self.numbers.share()
 
     def _find_division(self) -> None:

@@ -130,12 +130,14 @@ def test_bf16():
 
 
 RECOMPUTED = {"activation_checkpointing": "selective", "minimum_size": 0}
+PARTED = {"minimum_size": 0, "blocks": ["blocks.*.up", "blocks.*.down", "blocks.*.attention.q"]}
+"""A column is gathered apart from its row, and hands it what is divided."""
 
 
 @pytest.mark.parametrize(
     ("make", "data", "options"),
     [
-        (models.GPT, {"ddp": {}}, {}),
+        (models.GPT, {"zero3": PARTED}, {}),
         (models.tied_gpt, {"zero3": {}}, BOTH),
         (models.GPT, {"zero3": RECOMPUTED}, SEQUENCE),
     ],
