@@ -39,7 +39,8 @@ class ModelPart(Part):
     def setup(self, device: torch.device, watch: bool, filling: Filling) -> None:
         """Move, convert and spread the model, in place, and fill what has no memory yet; all ranks."""
         model = self.model
-        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+        if any(not tensor.is_meta and tensor.device != device for tensor in (*model.parameters(), *model.buffers())):
+            model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
         self.precision.convert(model)
         before = dict(model.named_parameters(remove_duplicate=False))
         hooked = [name for name, p in before.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
