@@ -2,8 +2,8 @@
 
 The page cache costs a fresh page and a copy for every 4 kB, and then the time of a thread that flushes them, all taken
 from the training; and it drops what the training reads, to keep what nobody will read soon. Here bytes are collected
-in a few small buffers, in memory that the disk can read directly. While a thread waits for the disk, the caller fills
-the next one and adds up checksums.
+in a few small buffers, in memory that the disk can read directly. While threads wait for the disk, the caller fills the
+next one and adds up checksums.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from .files import Files, naming, write_all
 STEP = 4 << 20
 """Bytes of a buffer: few enough to stay in the processor's cache on their way, enough to keep the disk busy."""
 
-BUFFERS = 2
-"""One is written while the other is filled."""
+THREADS = 2
+"""Writes in flight: the disk has the next one while one that is done waits for its turn in Python."""
+
+BUFFERS = 3
+"""Two that are written and one that is filled."""
 
 WORTH = 1 << 20
 """The least bytes for which it is worth it."""
@@ -46,7 +49,7 @@ class Step:
 
 
 class Stream(Files):
-    """Writes what it is given, in order, until `wait`: large stretches as a whole, in however many parts they come.
+    """Writes what it is given until `wait`: large stretches as a whole, in however many parts they come.
 
     `ordinary` are the same files opened in the ordinary way, for the rest.
     """
@@ -57,7 +60,7 @@ class Stream(Files):
         super().__init__(folder)
         self.ordinary = ordinary
         self._works = hasattr(os, "O_DIRECT")
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._buffers = 0
         self._filling: Step | None = None
         self._free: SimpleQueue[memoryview] = SimpleQueue()
@@ -84,10 +87,11 @@ class Stream(Files):
     def close(self) -> None:
         """Write what is left, end the thread and close all files; only `wait` tells whether all was written."""
         self._send()
-        if self._thread:
+        for _ in self._threads:
             self._steps.put(None)
-            self._thread.join()
-        self._thread = None
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
         super().close()
 
     def _step(self, file: str, offset: int) -> Step:
@@ -123,17 +127,18 @@ class Stream(Files):
         self._buffers = BUFFERS
         for _ in range(BUFFERS):
             self._free.put(_large_page())
-        thread = threading.Thread(target=self._run, name="accel-writer")
         with suppress(RuntimeError):  # while Python ends, it starts no threads: then the caller's writes
-            thread.start()
-            self._thread = thread
+            for _ in range(THREADS):
+                thread = threading.Thread(target=self._run, name="accel-writer")
+                thread.start()
+                self._threads.append(thread)
 
     def _check(self) -> None:
         if self._failure:
             raise self._failure
 
     def _send(self) -> None:
-        if self._filling and self._thread:
+        if self._filling and self._threads:
             self._steps.put(self._filling)
         elif self._filling:
             self._carry_out(self._filling)
@@ -169,7 +174,8 @@ class Stream(Files):
             done = os.pwrite(self.open(step.name), *step.part(start, stop))
         except OSError as error:
             _may_be_refused(error)
-        self._works = done == stop - start
+        if done < stop - start:
+            self._works = False
         return done
 
 
