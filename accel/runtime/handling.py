@@ -6,7 +6,6 @@ Torch does each of these with a DTensor, most without an error, but not as with 
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import PrepareError
-from .shards import divide_like, held_part, like_part, whole_tensor
+from .shards import divide_like, held_part, whole_tensor
 
 _DRAWS = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_")
 _OPERATORS = ("add", "sub", "mul", "truediv", "pow", "matmul")
@@ -62,18 +61,22 @@ def _refuse_to_draw(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 class _LayOut:
     """Lets gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole.
 
-    It also does so where it copies one whose strides are not the parameter's (2.11).
+    It also does so where it copies one whose strides are not the parameter's (2.11). No reference to the parameter is
+    kept: with one, even a weak one, torch could not convert it.
     """
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter = weakref.ref(parameter)
+    def __init__(self, parameter: Any) -> None:
+        self.mesh, self.placements = parameter.device_mesh, parameter.placements
+        self.sizes = {"shape": parameter.shape, "stride": parameter.stride()}
 
     def __call__(self, gradient: Any) -> Any:
-        model: Any = self._parameter()
-        if gradient.placements == model.placements and held_part(gradient).is_contiguous():
+        if gradient.placements == self.placements and held_part(gradient).is_contiguous():
             return gradient
-        gradient = gradient.redistribute(placements=model.placements)
-        return gradient if gradient.requires_grad else like_part(held_part(gradient).contiguous(), model)
+        gradient = gradient.redistribute(placements=self.placements)
+        if gradient.requires_grad:
+            return gradient
+        part = held_part(gradient).contiguous()
+        return DTensor.from_local(part, self.mesh, self.placements, run_check=False, **self.sizes)
 
 
 def _mind_gradient(parameter: nn.Parameter) -> None:
