@@ -153,13 +153,13 @@ def merge(messages: Sequence[Message], sizes: Sequence[int], split: Split) -> tu
     tables = [{(called.part, called.ordinal): called for called in message.calls} for message in messages]
     for key, first in {key: called for table in reversed(tables) for key, called in table.items()}.items():
         planned = split.plans(*key) or len(messages) == 1
-        found = [table.get(key) if planned else None for table in tables]
+        found = [table.get(key) for table in tables]
         whole = []
         for place, leaf in enumerate(first.leaves):
             same = [called.leaves[place] if called is not None else None for called in found]
-            dim = split.batch_dims.get(Result(key[0], key[1], place))
+            dim = split.batch_dims.get(Result(key[0], key[1], place)) if planned else _likely_dim(same, sizes)
             sent = None
-            if all(each is not None and each.payload is not None for each in same):
+            if planned and all(each is not None and each.payload is not None for each in same):
                 sent = len(payload)
                 places = [each.payload for each in same if each is not None]
                 values = [message.payload[p] for message, p in zip(messages, places, strict=True) if p is not None]
@@ -167,7 +167,7 @@ def merge(messages: Sequence[Message], sizes: Sequence[int], split: Split) -> tu
                 learns.append(any(m.learns[p] for m, p in zip(messages, places, strict=True) if p is not None))
                 origins.append(places)
             whole.append(Leaf(_whole_shape(leaf, same, dim, sizes), leaf.dtype, sent))
-        calls[key] = first._replace(leaves=tuple(whole), everywhere=None not in found)
+        calls[key] = first._replace(leaves=tuple(whole), everywhere=planned and None not in found)
     return Message(messages[0].seed, list(calls.values()), payload, learns), origins
 
 
@@ -196,6 +196,12 @@ def separate(
             known = found[index][origin]
             found[index][origin] = piece if known is None else known + piece
     return found
+
+
+def _likely_dim(same: Sequence[Leaf | None], sizes: Sequence[int]) -> int | None:
+    """The dim that seems to count samples, for the shape of what has no values."""
+    size, known = next((size, each) for size, each in zip(sizes, same, strict=True) if each is not None)
+    return next((dim for dim, length in enumerate(known.shape) if length == size), None)
 
 
 def _whole_shape(leaf: Leaf, same: Sequence[Leaf | None], dim: int | None, sizes: Sequence[int]) -> tuple[int, ...]:

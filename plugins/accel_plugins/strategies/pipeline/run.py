@@ -186,8 +186,8 @@ class Run:
         return tensor.clone() if result in self.split.changed else tensor
 
     def _drop_last(self) -> None:
-        """Let go of what the call before returned, unless later stages need it."""
-        if self._calls:
+        """Let go of what the call before returned, unless later stages need it; the end asks for that of all."""
+        if self._calls and self.stage < self.split.stages:
             last = self._calls[-1]
             for place in range(len(last.leaves)):
                 result = Result(last.part, last.ordinal, place)

@@ -658,16 +658,20 @@ class Identity(nn.Module):
 
 
 class Late(nn.Module):
-    """Takes a part after the blocks for samples that an example made up of random numbers never is."""
+    """Takes a part, between the blocks or after them, for samples that an example of random numbers never is."""
 
-    def __init__(self):
+    def __init__(self, between):
         super().__init__()
+        self.between = between
         self.blocks = nn.ModuleList(Identity(None) for _ in range(2))
         self.extra = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks[0](x)
+        x = self.blocks[1](self.more(x) if self.between else x)
+        return x if self.between else self.more(x)
+
+    def more(self, x):
         return x + self.extra(x) if (x.amax(-1) == x.amin(-1)).all() else x
 
 
@@ -749,7 +753,8 @@ OUTCOMES = {
     "a number": (functools.partial(keeps, counts), {}, "'count' is changed by the model's own forward"),
     "a count": (functools.partial(keeps, counts_in_buffer), {}, "right"),
     "an average": (functools.partial(keeps, averages), {}, "'seen' is computed from the batch"),
-    "a part that the example left out": (Late, {}, "right"),
+    "a part that the example left out": (functools.partial(Late, False), {}, "right"),
+    "one between blocks": (functools.partial(Late, True), {"micro_batches": 2}, "right"),
     "no such block": (Skips, {"split": ["upp"]}, "names no module"),
     "too many stages": (Skips, {"split": ["up.0", "up.1"]}, "2 processes"),
     "an empty stage": (Skips, {"split": ["start"]}, "are not called in this order"),
