@@ -24,6 +24,7 @@ from .groups import Groups, make_gradients_alike, whole_gradient
 from .passes import BACKWARD, BARE, FORWARD, STEP, Passes
 from .reach import Reach, agree_on_used, leaves_none, reach_of, reach_under_way
 from .wholes import Wholes
+from .zeros import Zeros, drop_empty, fill
 
 
 @dataclass
@@ -38,7 +39,7 @@ class _Turn:
     calls: int = 0
     heard: int = 0
     done: bool = False
-    filled: dict[Any, _Zeros | None] = field(default_factory=dict)
+    filled: dict[Any, Zeros | None] = field(default_factory=dict)
     nodes: list[weakref.ref[Any]] = field(default_factory=list)
 
     def reset(self) -> None:
@@ -50,24 +51,6 @@ class _Turn:
             if getattr(tensor.grad_fn, "param_group", None) is self.group:
                 self.nodes.append(weakref.ref(tensor.grad_fn))
                 return
-
-
-class _Zeros:
-    """What exchanging zeros has made the gradient of a parameter that had none."""
-
-    def __init__(self, parameter: Any) -> None:
-        self.parameter, self.gradient, self.version = parameter, *_gradient_of(parameter)
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was added since, as by a penalty that is computed before forward."""
-        gradient, version = _gradient_of(self.parameter)
-        return gradient is self.gradient and version == self.version
-
-
-def _gradient_of(parameter: Any) -> tuple[Any, int]:
-    gradient = parameter.sharded_param.grad
-    return gradient, -1 if gradient is None else gradient._version
 
 
 class Exchange:
@@ -263,12 +246,12 @@ class Exchange:
         if turn.done:
             return
         turn.done = True
-        _drop_empty(turn.group)
-        filled = [p for p in turn.group.fsdp_params if _fill(p)] if self.find_unused else []
+        drop_empty(turn.group)
+        filled = [p for p in turn.group.fsdp_params if fill(p)] if self.find_unused else []
         first = [p for p in filled if p.sharded_param.grad is None]
         make_gradients_alike(turn.group)
         turn.reduce()
-        turn.filled = {**dict.fromkeys(filled), **{p: _Zeros(p) for p in first}}
+        turn.filled = {**dict.fromkeys(filled), **{p: Zeros(p) for p in first}}
 
     def _drop_unused(self) -> None:
         """Take back the zeros of parameters that no process used; all ranks."""
@@ -285,20 +268,3 @@ class Exchange:
 
     def _has_gradients(self) -> bool:
         return any(whole_gradient(parameter) is not None for parameter in self.groups.parameters())
-
-
-def _drop_empty(group: Any) -> None:
-    """Forget gradients of size 0, which torch cannot reduce and nobody needs."""
-    for parameter in group.fsdp_params:
-        if not parameter.sharded_param.numel() and hasattr(parameter, "_unsharded_param"):
-            parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
-
-
-def _fill(parameter: Any) -> bool:
-    """Give zeros to a parameter that trains and has no gradient on this process; returns whether it did."""
-    if not parameter.sharded_param.requires_grad or whole_gradient(parameter) is not None:
-        return False
-    if not hasattr(parameter, "_unsharded_param") or not parameter.sharded_param.numel():
-        return False
-    parameter._unsharded_param.grad = torch.zeros_like(parameter._unsharded_param)
-    return True
