@@ -59,18 +59,21 @@ def _refuse_to_draw(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 class _LayOut:
-    """Lets gradients be divided as the parameter is: where it does not divide evenly, torch may make them whole.
+    """Lets gradients be divided as the parameter is, which torch may have made whole.
 
-    It also does so where it copies one whose strides are not the parameter's (2.11). No reference to the parameter is
-    kept: with one, even a weak one, torch could not convert it.
+    So it would where it copies one that is divided unevenly (2.11), as it does on some processes and not on others:
+    what it gets here, it need not copy. No reference to the parameter is kept: with one, even a weak one, torch could
+    not convert it.
     """
 
     def __init__(self, parameter: Any) -> None:
         self.mesh, self.placements = parameter.device_mesh, parameter.placements
         self.sizes = {"shape": parameter.shape, "stride": parameter.stride()}
+        axes = zip(self.placements, self.mesh.shape, strict=True)
+        self.even = all(parameter.shape[p.dim] % size == 0 for p, size in axes if p.is_shard())
 
     def __call__(self, gradient: Any) -> Any:
-        if gradient.placements == self.placements and held_part(gradient).is_contiguous():
+        if self.even and gradient.placements == self.placements:
             return gradient
         gradient = gradient.redistribute(placements=self.placements)
         if gradient.requires_grad:
