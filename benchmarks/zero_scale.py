@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # which registers the backend "fake"
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from traffic import Traffic
 from transformer import Formula, Shape, Transformer, count, make_optimizer
 
@@ -57,7 +57,7 @@ class Found:
 def pretend(sizes: dict[Axis, int]) -> Iterator[Mesh]:
     """A mesh of these sizes, of whose processes this is the first and the others do not exist."""
     processes = math.prod(sizes.values())
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=processes)
     try:
         world = World(rank=0, size=processes, local_rank=0, local_size=processes)
         yield Mesh(sizes, world, CPU.type, lambda: None)

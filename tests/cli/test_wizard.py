@@ -102,7 +102,13 @@ def _read(path: Path) -> Any:
 MACHINES, PROCESSES = "Machines that take part", "Worker processes over all machines"
 PRECISION, STRATEGIES = "The numbers that forward", "How models are spread"
 ACCUMULATION, OTHERS, REVIEW = "Micro-batches whose gradients", "Change other settings?", "Write this file?"
-TENSOR = ("How layers are held", "Divide activations", "Leave the logits", "Inputs on which the model runs")
+TENSOR = (
+    "How layers are held",
+    "Divide activations",
+    "Leave the logits",
+    "What an optimizer sees",
+    "Inputs on which the model runs",
+)
 
 
 def test_enter_all_the_way(config_path: Path) -> None:
