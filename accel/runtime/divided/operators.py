@@ -7,16 +7,34 @@ and `AddParts`: a gather is half an all-reduce, and adding up parts is the other
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+
+from ...errors import PrepareError
 
 if TYPE_CHECKING:
     from .peers import Peers
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a backward refuse to be differentiated itself: torch's own mark of it is lost on DTensors (2.11)."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise PrepareError(
+                "backward: gradients of gradients (create_graph=True) do not go through a model whose layers or "
+                "sequences are divided among processes; use a strategy of the data axis alone, such as zero3"
+            )
+        return backward(ctx, *gradients)
+
+    return call
 
 
 def summed(share: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -79,7 +97,7 @@ class Copy(torch.autograd.Function):
         return whole.view_as(whole)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return summed(gradient, ctx.group), None
 
@@ -92,7 +110,7 @@ class Add(torch.autograd.Function):
         return summed(share, group)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, None
 
@@ -106,7 +124,7 @@ class Gather(torch.autograd.Function):
         return put_together(part, dim, outer, length, peers)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.peers.own(gradient, ctx.dim, ctx.outer).contiguous(), None, None, None, None
 
@@ -115,7 +133,7 @@ class GatherAndAdd(Gather):
     """All parts, put together, in forward; the own part of the gradients' sum in backward."""
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return sum_of_parts(gradient, ctx.dim, ctx.outer, ctx.peers), None, None, None, None
 
@@ -129,7 +147,7 @@ class AddParts(torch.autograd.Function):
         return sum_of_parts(share, dim, outer, peers)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return put_together(gradient, ctx.dim, ctx.outer, ctx.length, ctx.peers), None, None, None
 
@@ -143,7 +161,7 @@ class Take(torch.autograd.Function):
         return peers.own(whole, dim, outer).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return put_together(gradient, ctx.dim, ctx.outer, ctx.length, ctx.peers), None, None, None
 
@@ -166,7 +184,7 @@ class Deal(torch.autograd.Function):
         return dealt.flatten(0, 1).movedim(0, dim)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         order, sends, comes = _blocks(ctx.outer, ctx.peers)
         rows = gradient.movedim(ctx.dim, 0).unflatten(0, (ctx.outer, -1)).contiguous()  # type: ignore[no-untyped-call]

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from accel.runtime.divided.operators import Gather, put_together, summed, swapped
+from accel.runtime.divided.operators import Gather, once, put_together, summed, swapped
 from accel.runtime.divided.peers import Peers
 
 
@@ -76,7 +75,7 @@ class _Leave(Gather):
     """All parts, put together, in forward; in backward, where all bring the same, no sum has to be asked for."""
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         own = ctx.peers.own(gradient, ctx.dim, ctx.outer)
         return own * ctx.peers.parts, None, None, None, None
@@ -91,7 +90,7 @@ class _Enter(torch.autograd.Function):
         return whole.view_as(whole) if dim is None else peers.own(whole, dim).clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         peers = ctx.peers
         if ctx.dim is not None:
@@ -108,6 +107,6 @@ class _Swap(torch.autograd.Function):
         return swapped(parts, peers.group)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return swapped(gradient, ctx.peers.group), None

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from accel.runtime.divided.operators import once
 
 from .peers import SequencePeers
 
@@ -110,7 +111,7 @@ class _Ring(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, result, logarithm = ctx.saved_tensors
         blocks: _Blocks = ctx.blocks
