@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -92,7 +93,11 @@ def _traces() -> dict[str, set[str]]:
 
 def _children() -> set[str]:
     """Process ids of this process's children, where the system tells them."""
-    return {pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()}
+    found: set[str] = set()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that thread has just ended
+            found.update(file.read_text().split())
+    return found
 
 
 def _connected() -> bool:

@@ -94,7 +94,7 @@ class MapReader:
         self._random.manual_seed(mix(start.seed, start.epoch, *self._reading.places))
         plan = look_ahead(self._plan(start), self._reading.steps)
         queue = self._indices.begin(plan, partial(mix, start.seed, start.epoch), self._reading.places)
-        batches = iter(self._inner)
+        batches = _items(self._inner)
         while (first := self._fetch(batches)) is not END:
             share, blocks = queue.popleft()
             yield share, [first, *(None if block is None else self._fetch(batches) for block in blocks[1:])]
@@ -177,7 +177,7 @@ class IterableReader:
         """The batches of an epoch in the order in which torch's workers take turns."""
         self._start.copy_(torch.tensor([start.seed, start.epoch, start.turn, *start.samples]))
         self._random.manual_seed(mix(start.seed, start.epoch))
-        received = (item for item in self._inner if item is not None)
+        received = (item for item in _items(self._inner) if item is not None)
         batches = (item for item in islice(received, start.skip, None) if item[1][0] is not None)
         return look_ahead(batches, self._reading.steps)
 
@@ -229,6 +229,16 @@ class _WorkerInit:
         object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[union-attr]
         if self.function is not None:
             self.function(worker)
+
+
+def _items(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader of torch's gives. Its workers end with it, also where the traceback of an error would keep them."""
+    items: Any = iter(loader)
+    try:
+        yield from items
+    finally:
+        if loader.num_workers and not loader.persistent_workers:
+            items._shutdown_workers()
 
 
 def _options(loader: DataLoader[Any], pin: bool) -> dict[str, Any]:
