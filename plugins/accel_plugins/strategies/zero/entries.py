@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from accel.errors import PrepareError
 
 from .exchange import Exchange
+from .groups import begin_again
 
 
 class Entries:
@@ -30,6 +31,9 @@ class Entries:
         self._depth = 0
         model.register_forward_pre_hook(self._enter_forward, prepend=True)
         model.register_forward_hook(self._leave_forward, always_call=True)
+        for block in blocks:
+            state = block._get_fsdp_state()  # type: ignore[operator]
+            block.register_forward_pre_hook(functools.partial(begin_again, state), prepend=True)
         for part in self._parts():
             part.register_forward_pre_hook(self._enter_part, prepend=True, with_kwargs=True)
             part.register_forward_hook(self._leave_part, always_call=True)

@@ -213,6 +213,18 @@ def whole_gradient(parameter: Any) -> Any:
     return parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None
 
 
+def begin_again(state: Any, *unused: Any) -> None:
+    """A forward begins while torch believes in a backward pass, of which this module's own part is over.
+
+    So stages of a pipeline compute activations again. Torch would take it for a checkpoint inside of the backward pass,
+    for which it neither gathers nor frees.
+    """
+    groups = groups_of(state)
+    if groups and all(group._training_state == TrainingState.POST_BACKWARD for group in groups):
+        for holder in (state, *groups):
+            holder._training_state = TrainingState.IDLE
+
+
 def groups_of(state: Any) -> list[Any]:
     """Torch's own groups of one module, of which 2.11 knows one at most."""
     several = getattr(state, "_fsdp_param_groups", None)
