@@ -500,6 +500,7 @@ def test_a_checkpoint_replaces_an_older_one_whole(tmp_path):
     nn.init.zeros_(model.layer.weight)
     accelerator.load_state(tmp_path / "c")
     assert model.layer.weight.sum().item() == 16
+    accelerator.end_training()  # which waits for the deletion of the first
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
