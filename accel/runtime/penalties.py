@@ -18,9 +18,7 @@ from .graph import nodes_of
 
 def check_divided(loss: Tensor) -> None:
     """Raise PrepareError for a loss that a function has made of divided tensors and plain ones."""
-    if not isinstance(loss, DTensor):
-        return
-    if _meets_plain(loss):
+    if isinstance(loss, DTensor) and _meets_plain(loss):
         raise PrepareError(
             "backward: a function, such as torch.add or torch.stack, took divided parameters, or what comes from them, "
             "together with plain tensors; use operators, as in loss + penalty, or the divided tensor's .full_tensor()"

@@ -23,9 +23,11 @@ from .tensor import Divided, whole_of
 
 def refuse_compiled(modules: Mapping[str, nn.Module], setting: str) -> None:
     """Raise PrepareError for a module, by name, that is compiled; `setting` is the strategy that divides the model."""
-    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled where it was never imported
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:  # nothing is compiled where it was never imported
+        return
     for name, module in modules.items():
-        if dynamo and (module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule)):
+        if module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule):
             raise PrepareError(
                 f"{setting}: {name or 'the model'!r} is compiled, and torch.compile does not follow tensors that are "
                 f"parts and look whole to a model's code; leave `compile` out, here and beside {setting}"

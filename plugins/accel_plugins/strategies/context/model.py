@@ -43,7 +43,7 @@ class SequenceModel:
         self._modules = dict(model.named_modules())
         self.check_compiled()
         self._check_parameters()
-        broadcast_in_place([t.detach() for t in (*model.parameters(), *model.buffers())], self.group)
+        broadcast_in_place([*model.parameters(), *model.buffers()], self.group)
         inputs = example_inputs(model, options.example, "strategies.context.example")
         self.arguments = Arguments(model)
         self.dims = sequence_dims(model, inputs, options.dims)

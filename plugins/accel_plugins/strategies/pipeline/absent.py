@@ -8,7 +8,7 @@ that nobody notices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from accel.errors import PrepareError
+from accel.runtime.deferred.operations import written_to
 from accel.runtime.shards import Elsewhere
 
 _aten = torch.ops.aten
@@ -136,18 +137,10 @@ def _counted(function: Any, args: Any) -> Any:
 
 def _refuse_writes(function: Any, args: Any, kwargs: Any, lacking: _Dispatched) -> None:
     """Refuse to change a tensor that is here by values that are not."""
-    if any(not isinstance(tensor, _Dispatched) for tensor in written(function, args, kwargs)):
+    if any(not isinstance(tensor, _Dispatched) for tensor in written_to(function, args, kwargs)):
         raise PrepareError(
             f"pipeline: {function} would write values of {lacking.missing} into a tensor that is here. {lacking.hint}"
         )
-
-
-def written(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The arguments that an operation changes in place."""
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class StagedModel:
         """Whether others may gather parameters with these processes, and so must go through as many passes."""
         self.streams, self.wire = Streams(self.device), Wire(strategy.mesh.group, self.device)
         filled = (parameter for parameter in model.parameters() if not is_empty(parameter))
-        broadcast_in_place([t.detach() for t in (*filled, *model.buffers())], strategy.mesh.group)
+        broadcast_in_place([*filled, *model.buffers()], strategy.mesh.group)
         self.own_forward = own_method(model, "forward")
         with runnable(model, self.device):
             self.plan = make_plan(model, strategy)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from accel.errors import PrepareError
+from accel.runtime.deferred.operations import written_to
 
-from .absent import FRESH, Absent, compute, written
+from .absent import FRESH, Absent, compute
 from .wire import Wire
 
 
@@ -66,7 +67,7 @@ class Awaited(Absent):
         made = compute(function, args, kwargs, Awaited)
         if function.overloadpacket in FRESH:
             return cls._fresh(made)
-        changed = [tensor for tensor in written(function, args, kwargs) if isinstance(tensor, Awaited)]
+        changed = [tensor for tensor in written_to(function, args, kwargs) if isinstance(tensor, Awaited)]
         for tensor in changed:
             before = tensor._step_aside()
             if tensor is args[0] and len(changed) == 1:

@@ -37,8 +37,7 @@ def find_changes(model: nn.Module, parts: Iterable[str], batch: Batch, once: boo
 
     `once` says whether parts run once in a step. Raises PrepareError for what would not be changed as on one process.
     """
-    with tried_out(model):
-        before = _values(model)
+    before = _values(model)
     after = _after(model, batch, None)
     changed = {name: _part_of(name, parts) for name, value in after.items() if not _same(value, before.get(name))}
     if changed:

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accel.runtime.blocks import has_parameters
+from accel.runtime.deferred.operations import written_to
 from accel.runtime.nested import tensors
 
-from .absent import FRESH, written
+from .absent import FRESH
 from .checks import refuse_autograd_functions
 from .nest import take_apart
 from .parts import Stage
@@ -169,7 +170,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.found.reads.append((len(self.found.calls), read))
         known = {_key(tensor) for tensor in given}
         self._here.memory += sum(t.untyped_storage().nbytes() for t in made if _key(t) not in known)
-        for tensor in [*made, *written(function, args, kwargs)]:
+        for tensor in [*made, *written_to(function, args, kwargs)]:
             self._add(tensor, read)
         return result
 

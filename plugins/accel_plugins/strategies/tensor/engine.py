@@ -43,7 +43,7 @@ class DividedModel:
         self.check_compiled()
         self._check_parameters()
         filled = (parameter for parameter in held_parameters(model) if not is_empty(parameter))
-        broadcast_in_place([t.detach() for t in (*filled, *model.buffers())], self.group)
+        broadcast_in_place([*filled, *model.buffers()], self.group)
         with runnable(model, strategy.device):
             self._find_division()
         self._check_any()
