@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from .runtime.mesh import Mesh
 from .runtime.metrics import gather_for_metrics
 from .runtime.saving import Saving
 from .runtime.scheduler import prepare_scheduler
+from .runtime.warn import warn
 from .runtime.world import World, leave
 
 
@@ -216,9 +216,7 @@ class Accelerator(Saving):
         if support is Support.NONE:
             raise ConfigError(f"mixed_precision: {name} does not run on {self.device.type}; fp32 does")
         if support is Support.EMULATED and self.is_local_main_process:
-            warnings.warn(
-                f"mixed_precision: {name} is emulated on this {self.device.type} and slower than fp32", stacklevel=3
-            )
+            warn(f"mixed_precision: {name} is emulated on this {self.device.type} and slower than fp32")
 
 
 def _check_kind(value: Any) -> None:

@@ -16,6 +16,7 @@ from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .config import Choice, parse_dataclass
@@ -57,6 +58,17 @@ def listings() -> Iterator[Listing]:
     for kind in KINDS:
         for point in sorted(_points(kind), key=lambda p: (p.name, p.value)):
             yield _listing(kind, point)
+
+
+def is_machinery(frame: FrameType) -> bool:
+    """Whether this is code of accel, of a plugin or of torch: no line of the user's that could be mended.
+
+    A plugin's code is its own module, and the package around it unless that is a whole project's.
+    """
+    module = frame.f_globals.get("__name__", "")
+    plugins = {point.module for kind in KINDS for point in _points(kind)}
+    packages = {plugin.rpartition(".")[0] if plugin.count(".") > 1 else plugin for plugin in plugins}
+    return any(module == name or module.startswith(f"{name}.") for name in {"accel", "torch", *packages})
 
 
 def load(kind: str, name: str, path: str | None = None) -> type[Any]:

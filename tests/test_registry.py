@@ -199,6 +199,14 @@ def test_listing_reads_summaries_without_importing_anything(site: PackageSite) -
     assert summaries["loud"] == summaries["louder"] == ("Quiet inside.", "")
 
 
+def test_lines_of_plugins_are_none_of_the_users(site: PackageSite) -> None:
+    site.register("own", "[accel.trackers]\nown = project.tracking:Plugin\ndeep = other.plugins.tracking:Plugin\n")
+    machinery = {"accel.plan", "torch.nn", "project.tracking", "other.plugins.files"}
+    for module in machinery | {"accelerate", "project.main", "other"}:
+        exec("import sys; frame = sys._getframe()", scope := {"__name__": module})
+        assert registry.is_machinery(scope["frame"]) == (module in machinery), module
+
+
 @pytest.mark.parametrize(
     ("target", "problem"),
     [

@@ -27,10 +27,10 @@ from typing import NoReturn
 from ..config import Config
 from ..errors import AccelError, LaunchError
 from ..interfaces.launcher import Command
+from ..registry import is_machinery
 from . import rendezvous, signals
 from .failures import Failure
 
-_PACKAGE = str(Path(__file__).parent.parent)
 _LAUNCH = str(Path(__file__).parent)
 _RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 """What torch.distributed's own hook writes before each line of a traceback; the report names the rank once."""
@@ -134,7 +134,8 @@ def _describe(error: BaseException) -> str:
     error.__traceback__ = _users_part(error.__traceback__)
     if isinstance(error, AccelError):
         told = traceback.TracebackException.from_exception(error)
-        told.stack = traceback.StackSummary.from_list(f for f in told.stack if not f.filename.startswith(_PACKAGE))
+        lines = zip(told.stack, traceback.walk_tb(error.__traceback__), strict=True)
+        told.stack = traceback.StackSummary.from_list(line for line, (frame, _) in lines if not is_machinery(frame))
         return "".join(told.format()) if told.stack else f"accel: {error}"
     with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.suppress(Exception):
         sys.excepthook(type(error), error, error.__traceback__)  # perhaps a library's, which also notes the failure

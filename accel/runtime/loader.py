@@ -7,7 +7,6 @@ processes: a run goes on from any batch, on more or fewer of them, and reads no 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from .data.order import Order, seed_of
 from .data.read import IterableReader, MapReader, Reading, Start
 from .data.share import Cut, Share, weight
 from .data.transfer import moved
+from .warn import warn
 
 _IN_ORDER = (
     "a prepared loader yields batches in order although the DataLoader says in_order=False: only so are all processes "
@@ -100,7 +100,7 @@ class PreparedLoader(DataLoader[Any]):
     ) -> None:
         refuse(loader)
         if not loader.in_order and loader.num_workers and index == 0:
-            warnings.warn(_IN_ORDER, stacklevel=3)
+            warn(_IN_ORDER)
         config = config or Config()
         self.base_dataloader = loader
         self._config, self._device, self._size, self._index = config, device, size, index

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from types import FrameType
 
-OURS = __name__.partition(".")[0]
+from ..registry import is_machinery
 
 
 def warn(text: str) -> None:
-    """Warn at the innermost line that is not of this library; whoever should calls it, such as the main process."""
+    """Warn at the innermost line of the user's code; whoever should calls it, such as the main process."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and _is_ours(frame):
+    while frame.f_back and is_machinery(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
-
-
-def _is_ours(frame: FrameType) -> bool:
-    name: str = frame.f_globals.get("__name__", "")
-    return name.partition(".")[0] == OURS

@@ -124,6 +124,14 @@ def test_our_own_errors_show_the_users_lines_only(launch: Launch) -> None:
     assert "num_proceses: no such setting; did you mean 'num_processes'?" in result.stderr
 
 
+def test_errors_of_plugins_show_the_users_lines_only(launch: Launch) -> None:
+    path = launch.script("import torch, accel\naccel.Accelerator().prepare(torch.nn.ReLU(), torch.nn.Identity())\n")
+    result = launch.run("--cpu", "--num_processes", "2", "--strategies", "{tensor: {size: 2}}", path)
+    assert result.returncode == 1
+    assert result.stderr.count("File ") == 1 and str(path) in result.stderr
+    assert "found no inputs on which ReLU runs" in result.stderr
+
+
 def test_the_users_own_hook_is_asked(launch: Launch) -> None:
     source = "sys.excepthook = lambda kind, error, trace: print('hook saw', kind.__name__, file=sys.stderr)\n1 / 0\n"
     result = launch.run(*QUICK, launch.script(source))

@@ -7,7 +7,6 @@ as where a mask that hides nothing is left out, or give other numbers. Which of 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from accel.runtime.warn import warn
 
 _ASKING = {
     Tensor.__bool__,
@@ -105,11 +106,10 @@ class Questions:
     def tell(self, one: Answer, other: Answer) -> None:
         """Warn, once, that micro-batches of one batch get different answers."""
         self.told = True
-        warnings.warn(
+        warn(
             f"pipeline: {self.name} asks about its data at {one.place}, and micro-batches of one batch answer "
             f"differently ({one.value} and {other.value}), where one process asks once, of the whole batch. Unless the "
-            "numbers are the same either way, set strategies.pipeline.micro_batches: 1, or ask about each sample",
-            stacklevel=2,
+            "numbers are the same either way, set strategies.pipeline.micro_batches: 1, or ask about each sample"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.peers import Peers
 from accel.runtime.example import Inputs, example_inputs
 from accel.runtime.shards import held_parameters
+from accel.runtime.warn import warn
 
 from .activations import Activations
 from .layer import own_kernels
@@ -119,10 +119,9 @@ class DividedModel:
         if dist.get_rank() or len(whole) < len(self.decisions):
             return
         found = "; ".join(f"{name}: {self.decisions[name].why}" for name in whole[:3]) or "it has no linear layers"
-        warnings.warn(
+        warn(
             f"tensor divides nothing of this {type(self.model).__name__}, and each of {self.peers.size} processes "
-            f"computes all ({found})",
-            stacklevel=2,
+            f"computes all ({found})"
         )
 
     def _differs(self, decisions: Decisions, inputs: Inputs, expected: check.Result) -> str:

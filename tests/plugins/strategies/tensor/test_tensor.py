@@ -106,6 +106,7 @@ def undivided():
         accelerator.prepare(nn.Conv2d(3, 4, 3))
     said = ["tensor divides nothing of this Conv2d, and each of 2 processes computes all (it has no linear layers)"]
     assert [str(warning.message) for warning in told] == said * (accelerator.process_index == 0)
+    assert {warning.filename for warning in told} <= {__file__}
 
 
 def test_evaluation_parts_and_states():
