@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import itertools
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..errors import LaunchError
@@ -72,6 +75,29 @@ class World:
     def group(self) -> ProcessGroup | None:
         """All processes; None if there is only this one."""
         return dist.group.WORLD if self.size > 1 else None
+
+
+@functools.cache
+def machine_store() -> Store:
+    """A store that only the processes of this machine ask, for what all of them ask often; all ranks.
+
+    Of several machines, every process offers one, and the first offer is taken. The store ends with its process: where
+    that may be before others have asked, they mind DistNetworkError.
+    """
+    if World.from_environment().local_size == dist.get_world_size():
+        return _get_default_store()
+    offers = PrefixStore(f"accel/machine/{_machine()}", _get_default_store())
+    own = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port = int(offers.compare_set("port", "", str(own.port)))
+    return own if port == own.port else TCPStore("localhost", port, is_master=False)
+
+
+def _machine() -> str:
+    """Names what processes share that reach each other under `localhost`."""
+    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    if not (boot.exists() and network.exists()):
+        return socket.gethostname()
+    return f"{boot.read_text().strip()}/{network.stat().st_ino}"
 
 
 def leave() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from accel import Accelerator
 from accel.errors import CheckpointError, PrepareError
+from accel.runtime import world
 from accel.testing import run
 
 from .zero_models import (
@@ -187,6 +189,27 @@ def evaluated_on_one(stage, late):
 def test_a_forward_on_one_rank_alone_is_refused(stage, late):
     with pytest.raises(PrepareError, match=r"waits for rank . in a.*, and rank . went on to .* call the model on all"):
         run(2, evaluated_on_one, stage, late)
+
+
+def evaluated_on_some_of_two_machines(ranks):
+    """Some of four processes evaluate, which believe that they are on two machines."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
+    world._machine = lambda: f"machine {rank // 2}"
+    accelerator, model, optimizer, *_ = pair("zero3")
+    train_one(accelerator, model, optimizer, 0)
+    dist.all_gather_object(asked := [0] * 4, len(accelerator.strategies[-1].models[model].exchange.passes._stores))
+    assert sorted(asked) == [1, 1, 2, 2]  # one process of a machine asks what all machines share
+    if rank in ranks:
+        with torch.no_grad():
+            model(tokens(0, 2))
+    train_one(accelerator, model, optimizer, 1)
+
+
+@pytest.mark.parametrize("ranks", [{3}, {0, 1}])
+def test_a_forward_on_some_of_two_machines_is_refused(ranks):
+    with pytest.raises(PrepareError, match=r"waits for rank . in a.*, and rank . went on to .* call the model on all"):
+        run(4, evaluated_on_some_of_two_machines, ranks)
 
 
 def twice(stage):
