@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "verify":
         return _verify([found for given in options.checkpoint for found in _checkpoints(given)])
     for folder in options.checkpoint:
-        _remove(folder)
+        _remove(folder.absolute())
     return 0
 
 

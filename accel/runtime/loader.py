@@ -116,9 +116,14 @@ class PreparedLoader(DataLoader[Any]):
         self._skip: int | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Begins the epoch at once: of `zip(a, b)` it is over for b, too, if a has no batch left when asked first."""
         skip, self._skip = self._skip, None
+        return self._iterate(self._position.begin(skip), skip)
+
+    def _iterate(self, start: Start, skip: int | None) -> Iterator[Any]:
         position = self._position
-        start = position.begin(skip)
+        if position.resume:  # a checkpoint was loaded since
+            start = position.begin(skip)
         self._active.append(self)
         try:
             self._asked(self)

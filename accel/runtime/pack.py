@@ -30,6 +30,10 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            raise CheckpointError(f"{path}: a tensor of layout {value.layout} cannot be kept; keep to_dense() of it")
+        while path in tensors:  # of {"a.b": ..., "a": {"b": ...}}, too, each has a name of its own
+            path += "_"
         tensors[path] = whole_tensor(value).detach().to("cpu", copy=True).contiguous()
         return {_TAG: "tensor", "name": path}
     if isinstance(value, torch.dtype):

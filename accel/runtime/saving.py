@@ -17,7 +17,7 @@ from ..errors import ConfigError, PrepareError
 from ..interfaces import Tracker
 from ..interfaces.launcher import PREEMPTED
 from ..plan import Plan
-from ..storage import FOLDER, parse_size
+from ..storage import FOLDER, absolute, parse_size
 from .checkpoint import Checkpoints, Differences, Pickled, State, group_of
 from .deferred import is_empty
 from .model import model_part, whole_state_dict
@@ -71,7 +71,7 @@ class Saving(Training):
         on as soon as the state has been copied; what goes wrong later is raised by the next call, or when the run
         ends. Raises CheckpointError on all ranks.
         """
-        folder = None if output_dir is None else Path(output_dir)
+        folder = None if output_dir is None else absolute(output_dir)
         return str(self._checkpoints.save(folder, self._state(), blocking))
 
     def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str:
@@ -82,7 +82,8 @@ class Saving(Training):
         CheckpointError if it is missing, damaged, or belongs to other objects; with `strict=False`, parameters
         that do not fit are left as they are, and a warning names them.
         """
-        folder, skipped = self._checkpoints.load(None if input_dir is None else Path(input_dir), self._state(), strict)
+        folder = None if input_dir is None else absolute(input_dir)
+        folder, skipped = self._checkpoints.load(folder, self._state(), strict)
         for group, differences in skipped.items():
             self._warn(f"load_state: left out of {folder}: {group}: {differences.describe()}")
         for index, part in enumerate(self._models):
@@ -115,7 +116,7 @@ class Saving(Training):
         """
         if not safe_serialization:
             raise ConfigError("save_model: safe_serialization: False would write a pickle; it can only be True")
-        self._checkpoints.save_model(Path(save_directory), model, parse_size(max_shard_size))
+        self._checkpoints.save_model(absolute(save_directory), model, parse_size(max_shard_size))
 
     def load_model(self, model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> Differences:
         """Take over weights from a folder of safetensors, whoever wrote it, into a prepared model; all ranks.
@@ -123,16 +124,16 @@ class Saving(Training):
         Each process reads only its parts. Returns what did not fit; raises CheckpointError for it if `strict`. A model
         made under `empty_init` may be given before it is prepared: the weights are read when it is.
         """
-        part = model_part(model)
+        folder, part = absolute(directory), model_part(model)
         if part is None and any(map(is_empty, model.parameters())):
-            differences = self._checkpoints.compare_model(Path(directory), model, strict)
-            self._waiting.setdefault(model, []).append((Path(directory), strict))
+            differences = self._checkpoints.compare_model(folder, model, strict)
+            self._waiting.setdefault(model, []).append((folder, strict))
         else:
-            differences = self._checkpoints.load_model(Path(directory), model, strict)
+            differences = self._checkpoints.load_model(folder, model, strict)
         if part is not None:
             part.filled_but(differences.untouched)
         if differences:
-            self._warn(f"load_model: left out of {directory}: {differences.describe()}")
+            self._warn(f"load_model: left out of {folder}: {differences.describe()}")
         return differences
 
     def _load_waiting(self, model: nn.Module) -> set[str]:
@@ -145,7 +146,7 @@ class Saving(Training):
 
     def _make_checkpoints(self) -> Checkpoints:
         format = self.plan.checkpoint.plugin(self.plan.checkpoint.options)
-        home = Path(self.config.project_dir, FOLDER)
+        home = Path(self.config.project_dir, FOLDER).absolute()  # also when the script has gone elsewhere
         return Checkpoints(format, self.world, home, self.config.total_limit, self.config.timeout)
 
     def _watch_for_preemption(self) -> Preemption | None:

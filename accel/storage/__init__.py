@@ -1,9 +1,9 @@
 """Checkpoint folders on disk: bytes, manifests, names. Needs no torch, so that the command line can use it too."""
 
 from .checked import LATER, NOW, CheckedReader
-from .commit import aside, clear, commit, commit_files, delete, discard, open_aside, remove
+from .commit import aside, clear, commit, commit_files, delete, made_aside, remove
 from .disk import CHUNK, Geometry, Range, Reader, Writer, checksum
-from .folders import FOLDER, complete, find, named, newest_first, next_folder, parse_size, rotate
+from .folders import FOLDER, absolute, complete, find, named, newest_first, next_folder, parse_size, rotate
 from .manifest import MANIFEST, Manifest, Problem, read_manifest
 from .merge import merge
 
@@ -20,6 +20,7 @@ __all__ = [
     "Range",
     "Reader",
     "Writer",
+    "absolute",
     "aside",
     "checksum",
     "clear",
@@ -27,13 +28,12 @@ __all__ = [
     "commit_files",
     "complete",
     "delete",
-    "discard",
     "find",
+    "made_aside",
     "merge",
     "named",
     "newest_first",
     "next_folder",
-    "open_aside",
     "parse_size",
     "read_manifest",
     "remove",

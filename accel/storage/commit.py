@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .files import flush_folder, naming
+from .lock import lock, unlock
 from .manifest import read_manifest
 
 SHARDS = r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -28,14 +29,47 @@ def older(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.older")
 
 
-def open_aside(folder: Path) -> None:
-    """Begin a folder, without what a killed attempt may have left of it. Raises CheckpointError."""
+@contextmanager
+def made_aside(folder: Path) -> Iterator[None]:
+    """Begin a folder that no other run touches meanwhile; what the block does not commit is deleted if it fails.
+
+    What a killed attempt may have left of it is deleted first. Raises CheckpointError.
+    """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: cannot be written: there is a file of this name")
+    if _is_used(folder):
+        raise CheckpointError(
+            f"{folder}: cannot be written: it is replaced as a whole, and the script runs in it; name a folder inside"
+        )
     with naming(aside(folder), "written"):
-        if aside(folder).exists():
-            shutil.rmtree(aside(folder))
-        aside(folder).mkdir(parents=True)
+        handle = _open_aside(folder)
+    try:
+        yield
+    except Exception:
+        discard(folder)
+        raise
+    finally:
+        unlock(handle)
+
+
+def _open_aside(folder: Path) -> int:
+    path = aside(folder)
+    if path.exists():
+        handle = lock(path)
+        try:
+            shutil.rmtree(path)
+        finally:
+            unlock(handle)
+    path.mkdir(parents=True)
+    return lock(path)
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether this process's working folder is this one or lies in it."""
+    try:
+        return Path(os.getcwd()).is_relative_to(folder)
+    except FileNotFoundError:  # it has been deleted
+        return False
 
 
 def commit(folder: Path) -> list[Path]:
@@ -137,4 +171,4 @@ def delete(folders: Iterable[Path]) -> None:
     """Delete folders one after another. Raises CheckpointError."""
     for folder in folders:
         with naming(folder, "deleted"):
-            shutil.rmtree(folder)
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)  # a link's folder is not ours

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .commit import doom, older, sweep
+from .files import naming
 from .manifest import Manifest, read_manifest
 
 FOLDER = "checkpoints"
 """The folder under `project_dir` in which checkpoints without a name of the user's are kept."""
+
+
+def absolute(folder: str | os.PathLike[str]) -> Path:
+    """A folder's full name, links followed: it means the same in a thread that works while the process goes elsewhere.
+
+    Raises CheckpointError.
+    """
+    with naming(Path(folder), "found"):
+        full = Path(os.path.realpath(folder))
+    if not full.name:
+        raise CheckpointError(f"{full}: the top folder cannot be a checkpoint; name one inside")
+    return full
 
 
 def named(home: Path) -> dict[int, Path]:

@@ -103,6 +103,31 @@ def test_a_long_permutation_is_that_of_torchs_sampler_from_wherever_it_is_begun(
     assert blocks == list(sampler)[skipped:]
 
 
+def test_in_a_zip_the_epoch_of_a_longer_loader_ends_with_the_shorter_ones() -> None:
+    """Also if it goes on at the shorter one's end, where zip asks the longer one for nothing any more."""
+
+    def pair() -> list[PreparedLoader]:
+        return [PreparedLoader(DataLoader(Numbers(n), 2, shuffle=True)) for n in (4, 9)]
+
+    whole = pair()
+    epochs = [list(zip(*whole, strict=False)) for _ in range(2)]
+    saving = pair()
+    states = [[loader.state_dict() for loader in saving] for _ in zip(*saving, strict=False)]
+    resumed = pair()
+    for loader, state in zip(resumed, states[-1], strict=True):
+        loader.load_state_dict(state)
+    assert list(zip(*resumed, strict=False)) == []
+    assert str(list(zip(*resumed, strict=False))) == str(epochs[1])
+
+
+def test_a_position_that_is_loaded_after_iter_counts() -> None:
+    loader = PreparedLoader(DataLoader(Numbers(8), 2))
+    iterator = iter(loader)
+    loader.load_state_dict({"seed": 0, "epoch": 3, "samples": [6], "turn": 0})
+    assert [batch.tolist() for batch in iterator] == [[6, 7]]
+    assert loader.epoch == 4
+
+
 def test_a_break_begins_the_next_epoch_but_can_be_saved() -> None:
     loader = PreparedLoader(DataLoader(Numbers(20), 2, shuffle=True))
     expected = PreparedLoader(DataLoader(Numbers(20), 2, shuffle=True))

@@ -48,3 +48,15 @@ def test_a_missing_tensor_is_named():
     packed = pack({"weight": torch.ones(1)}, {})
     with pytest.raises(CheckpointError, match="weight: the tensor is missing"):
         unpack(packed, {})
+
+
+def test_paths_that_read_alike_are_kept_apart():
+    tensors = {}
+    packed = pack({"a.b": torch.ones(2), "a": {"b": torch.zeros(3)}}, tensors)
+    result = unpack(packed, tensors)
+    assert torch.equal(result["a.b"], torch.ones(2)) and torch.equal(result["a"]["b"], torch.zeros(3))
+
+
+def test_a_sparse_tensor_is_refused_by_its_path():
+    with pytest.raises(CheckpointError, match=r"graph: a tensor of layout torch.sparse_coo .* to_dense"):
+        pack({"graph": torch.eye(2).to_sparse()}, {})

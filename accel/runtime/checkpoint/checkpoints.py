@@ -120,6 +120,7 @@ class Checkpoints:
         def finish(ranges: Sequence[Range]) -> None:
             manifest = Manifest({file.name: file.size for file in work.files}, ranges, facts)
             manifest.write(storage.aside(work.folder))
+            storage.complete(storage.aside(work.folder))  # somebody may have deleted files meanwhile
             replaced = storage.commit(work.folder)
             old = storage.rotate(self.home, self.limit) if numbered and self.limit is not None else []
             self._deleting.start(partial(_clear_up, replaced, old))

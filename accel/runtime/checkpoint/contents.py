@@ -123,6 +123,7 @@ def collect(state: State) -> Contents:
         states = state.positions() if kind == "loaders" else [value.state_dict() for value in objects]
         packed = [_pack_of(objects[i], value, contents, f"{kind}.{i}") for i, value in enumerate(states)]
         contents.values[kind] = packed
+    contents.values["scheduler_classes"] = [type(scheduler).__name__ for scheduler in state.schedulers]
     return contents
 
 

@@ -19,6 +19,9 @@ FOREIGN = {
     "pytorch_model.bin": "a pickled model; torch.load it and call model.load_state_dict before prepare()",
     "pytorch_model.bin.index.json": "a pickled model in parts; its own library can save it as safetensors",
     "latest": "DeepSpeed; its zero_to_fp32.py makes weights of it",
+    "*mp_rank_*_states.pt": "a part of what DeepSpeed saved; its zero_to_fp32.py makes weights of the folder above",
+    "trainer_state.json": "Hugging Face's Trainer; load_model() reads its weights if they are safetensors; the rest is "
+    "pickled",
     "pytorch_model_fsdp*_rank*.bin": "a model that Hugging Face Accelerate pickled, a part from each process; let it "
     "load that and save with fsdp_state_dict_type: SHARDED_STATE_DICT",
     "pytorch_model_fsdp*.bin": "a model that Hugging Face Accelerate pickled; torch.load it and call "
@@ -100,6 +103,14 @@ def foreign(folder: Path) -> str:
     return "this is a file; name the folder of a model.safetensors" if folder.is_file() else ""
 
 
+def other_names(folder: Path) -> str:
+    """What to do about a folder of weights in files of other names; empty if it is none."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not found or any((folder / name).exists() for name in WEIGHTS):
+        return ""
+    return f"it holds {_some(found)}; weights are read from model.safetensors, or what its index names"
+
+
 def complete(folder: Path) -> Manifest:
     """The manifest of a complete checkpoint; an error says what the folder may be instead. Raises CheckpointError."""
     try:
@@ -116,6 +127,21 @@ def check_counts(folder: Path, saved: Mapping[str, int], here: Mapping[str, int]
     if saved != here:
         differences = ", ".join(f"{saved[k]} {k} (here {here[k]})" for k in here if saved[k] != here[k])
         raise CheckpointError(f"{folder}: holds {differences}; prepare the same objects before load_state")
+
+
+def compare_kinds(folder: Path, saved: Sequence[str], here: Sequence[str], strict: bool) -> dict[int, Differences]:
+    """Schedulers, by their places, that are of another class than those saved; raises CheckpointError if strict.
+
+    Torch would take over any attributes, and go on with numbers that mean nothing.
+    """
+    pairs = enumerate(zip(saved, here, strict=True))
+    differing = {index: Differences(kinds=[f"{was}, here {now}"]) for index, (was, now) in pairs if was != now}
+    for differences in differing.values() if strict else ():
+        raise CheckpointError(
+            f"{folder}: holds the state of {differences.kinds[0]}; prepare the same schedulers in the same order, or "
+            "pass strict=False to leave this one as it is"
+        )
+    return differing
 
 
 def _some(names: Collection[str], most: int = 8) -> str:

@@ -20,7 +20,7 @@ from ..random import load_generator_states
 from ..scheduler import SchedulerPart
 from .contents import SMALL, State, group_of, parameter_names
 from .exchange import Exchange
-from .fit import Differences, check_counts, complete, foreign
+from .fit import Differences, check_counts, compare_kinds, complete, foreign, other_names
 from .model import Load, load_extra, plan_model
 from .optimizer import plan_optimizer
 from .pickled import check_pickles
@@ -50,7 +50,7 @@ def load(name: Path, state: State, format: Checkpoint, exchange: Exchange, stric
 
     def take_over() -> None:
         parts.replace()
-        _apply(folder, values, state, format, plans, exchange.world.rank)
+        _apply(folder, values, state, format, plans, skipped, exchange.world.rank)
 
     exchange.each(take_over)
     return folder, skipped
@@ -90,7 +90,7 @@ def plan_weights(
         try:
             return plan_model(parts, format.places(folder, "model"), model, strict)
         except CheckpointError as error:
-            hint = foreign(folder)
+            hint = foreign(folder) or other_names(folder)
             raise CheckpointError(f"{error}; {hint}") if hint else error from None
 
     return parts.ask(ask, exchange)
@@ -129,6 +129,8 @@ def _plan(
         places = format.places(folder, group)
         plans[group] = plan_optimizer(parts, places, saved, optimizer, names, reshaped, strict)
     skipped = {group: differences for group, (_, differences) in plans.items() if differences}
+    kinds = compare_kinds(folder, values["scheduler_classes"], [type(s).__name__ for s in state.schedulers], strict)
+    skipped |= {group_of("scheduler", index): differences for index, differences in kinds.items()}
     return [plan for plan, _ in plans.values()], skipped
 
 
@@ -138,6 +140,7 @@ def _apply(
     state: State,
     format: Checkpoint,
     plans: list[Callable[[], None]],
+    skipped: Skipped,
     rank: int,
 ) -> None:
     small = SavedTensors(folder, format.places(folder, SMALL))
@@ -146,8 +149,9 @@ def _apply(
     for model, saved in zip(state.models, values["models"], strict=True):
         load_extra(model, unpack(saved["extra"], small))
     for kind, objects in state.others().items():
-        for value, saved in zip(objects, values[kind], strict=True):
-            value.load_state_dict(unpack(saved, small))
+        for index, (value, saved) in enumerate(zip(objects, values[kind], strict=True)):
+            if group_of(kind.removesuffix("s"), index) not in skipped:
+                value.load_state_dict(unpack(saved, small))
     _align_schedulers(state)
     if values["precision"]["class"] == type(state.precision).__name__:  # another's means nothing to this one
         state.precision.load_state_dict(unpack(values["precision"]["state"], small))

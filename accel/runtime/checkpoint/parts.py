@@ -31,7 +31,9 @@ class Box:
 
 
 def entry_of(name: str, tensor: Tensor) -> Entry:
-    """The facts of the whole tensor of which this process holds a part."""
+    """The facts of the whole tensor of which this process holds a part. Raises CheckpointError for a sparse one."""
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(f"{name}: a tensor of layout {tensor.layout} cannot be kept; keep to_dense() of it")
     return Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 

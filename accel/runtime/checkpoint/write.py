@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,23 +182,20 @@ def write(
     nothing behind.
     """
 
-    def create() -> list[Range]:
-        begin()
-        return _create(work)
+    with ExitStack() as open_folder:
 
-    try:
+        def create() -> list[Range]:
+            begin()
+            open_folder.enter_context(storage.made_aside(work.folder))
+            return _create(work)
+
         heads = exchange.from_main(create)
         written = exchange.together(lambda: _write_pieces(work))
         exchange.from_main(lambda: finish([*heads, *(r for ranges in written for r in ranges)]))
-    except Exception:
-        if exchange.world.rank == 0:
-            storage.discard(work.folder)
-        raise
 
 
 def _create(work: Work) -> list[Range]:
     """Make all files, with what stands before their tensors; rank 0 only."""
-    storage.open_aside(work.folder)
     with Writer(storage.aside(work.folder)) as writer:
         for file in work.files:
             writer.create(file.name, file.size, file.head)

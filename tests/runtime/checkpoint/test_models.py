@@ -113,6 +113,9 @@ FSDP = "pytorch_model_fsdp"
         ([f"{FSDP}_rank0.bin", f"{FSDP}_rank1.bin"], "a part from each process; .*SHARDED_STATE_DICT"),
         ([f"{FSDP}_0_rank0.bin", "optimizer_0_rank0.bin"], "a part from each process; .*SHARDED_STATE_DICT"),
         (["optimizer.bin", "scheduler.bin"], "Accelerate; load_model.. reads its weights if"),
+        (["mp_rank_00_model_states.pt"], "a part of what DeepSpeed saved"),
+        (["trainer_state.json", "optimizer.pt"], "Trainer; load_model.. reads its weights"),
+        (["unet.safetensors"], r"it holds unet\.safetensors; weights are read from model|no manifest\.json$"),
         (["notes.txt"], r"model\.safetensors: no such file$|no manifest\.json$"),
     ],
 )
@@ -190,6 +193,28 @@ def test_optimizers_that_do_not_fit(tmp_path: Path) -> None:
     assert some.param_groups[0]["lr"] == 0.02
     saved = whole(net, optimizer, accelerator)
     assert torch.equal(some.state[model.head.weight]["exp_avg"], saved["head.weight.exp_avg"])
+
+
+def test_a_scheduler_of_another_class(tmp_path: Path) -> None:
+    """Torch would take over all attributes, and go on with numbers that mean nothing."""
+    accelerator, _, optimizer = prepared({})
+    accelerator.prepare(torch.optim.lr_scheduler.StepLR(optimizer, 3))
+    accelerator.save_state(tmp_path / "c")
+    other, _, optimizer = prepared({})
+    scheduler = other.prepare(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    with pytest.raises(CheckpointError, match="the state of StepLR, here ExponentialLR; prepare the same schedulers"):
+        other.load_state(tmp_path / "c")
+    with pytest.warns(UserWarning, match="scheduler: other kinds: StepLR, here ExponentialLR"):
+        other.load_state(tmp_path / "c", strict=False)
+    assert "step_size" not in scheduler.state_dict()
+
+
+def test_a_sparse_buffer_is_named(tmp_path: Path) -> None:
+    accelerator, model = Accelerator(), nn.Linear(1, 1)
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    accelerator.prepare(model)
+    with pytest.raises(CheckpointError, match=r"graph: a tensor of layout torch.sparse_coo .* to_dense"):
+        accelerator.save_state(tmp_path / "c")
 
 
 def test_state_of_parameters_with_other_shapes_is_left_out(tmp_path: Path) -> None:

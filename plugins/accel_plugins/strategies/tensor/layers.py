@@ -182,7 +182,7 @@ def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None) -> n
     else:
         whole = parameter.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        divided = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        divided = distribute_tensor(whole.contiguous(), mesh, placements, src_data_rank=None)  # as FSDP wants its parts
     result = nn.Parameter(divided, parameter.requires_grad)
     result.__dict__.update(parameter.__dict__)  # what the user noted there
     return result

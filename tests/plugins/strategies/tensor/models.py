@@ -47,6 +47,7 @@ class GPT(nn.Module):
         made = [Block(attention) for _ in range(1 if shared else LAYERS)]
         self.blocks = nn.ModuleList(made * (LAYERS if shared else 1))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = nn.Parameter(self.head.weight.detach().t().contiguous().t())  # lies by columns
         if tied:
             self.head.weight = self.embedding.weight
 
