@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel import Accelerator
+from accel.runtime.shards import Elsewhere
 from accel.runtime.world import World
 from accel.testing import run
 
@@ -71,6 +72,9 @@ class Block(nn.Module):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch, self.layer = batch, nn.Linear(WIDTH, WIDTH)
+
+    def time_weight(self) -> None:
+        """Let the gradient of the weight take its time too; called once the parameter is the one that trains."""
         self.layer.weight.register_hook(lambda gradient: _sleep(SECONDS))  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,6 +97,9 @@ def ours(schedule: str, micro_batches: int, outputs: str = "last") -> tuple[floa
         device="cpu", num_processes=World.from_environment().size, strategies={"pipeline": options}
     )
     model = accelerator.prepare(Model(batch=4))
+    for block in model:
+        if not isinstance(block.layer.weight, Elsewhere):
+            block.time_weight()
     x = torch.randn(4 * micro_batches, WIDTH)
 
     def step() -> None:
@@ -106,6 +113,8 @@ def torchs(schedule: str, micro_batches: int) -> tuple[float, float]:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     blocks = list(Model(batch=4))
+    for block in blocks:
+        block.time_weight()
     count = size * (2 if schedule == "interleaved" else 1)
     each = BLOCKS // count
     stages = [

@@ -20,7 +20,7 @@ from .batches import Batch, merge, separate
 from .message import Failure, Message
 from .nest import take_apart
 from .outputs import await_output
-from .schedule import Step, drain, fill, in_flight, weights_waiting
+from .schedule import Step, computed_again, drain, fill, in_flight, weights_waiting
 from .stage_pass import Pass
 from .weights import Weights
 
@@ -33,7 +33,6 @@ class Flight:
 
     def __init__(self, model: StagedModel, batch: Batch, learns: bool) -> None:
         self.model, self.batch, self.learns = model, batch, learns
-        self._keeps = learns and not model.recomputes
         self._passes: dict[Step, Pass] = {}
         self._graphs: set[Step] = set()
         self._ends: dict[int, Message] = {}
@@ -44,14 +43,15 @@ class Flight:
         self._drained = False
         self._waiting: deque[tuple[Step, Weights]] = deque()
         self._hearing = model.questions.hear((batch.kind(None), model.model.training, learns))
+        self._steps = fill(model.rank, model.ranks, model.split.stages, batch.passes)
+        self._again = computed_again(self._steps, model.rank, model.ranks) if model.recomputes else frozenset[Step]()
 
     def forward(self) -> tuple[Any, list[Tensor], list[bool]]:
         """Take all micro-batches through the stages; returns the output apart from its tensors, and these.
 
         The last value says which tensors learn. Raises the error of this stage, or PrepareError that names another's.
         """
-        model = self.model
-        steps = fill(model.rank, model.ranks, model.split.stages, self.batch.passes)
+        model, steps = self.model, self._steps
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             message = self._receive(step)
             if following is not None and following.stage:
@@ -78,11 +78,11 @@ class Flight:
         self._drained = True
         model = self.model
         steps = drain(model.rank, model.ranks, model.split.stages, self.batch.passes)
-        ahead = deque(steps)
+        ahead = deque(step for step in steps if step not in self._graphs)
         with model.tied.collecting():
             ends = self._backward_end(gradients) if model.is_last else []
             for step, following in zip(steps, [*steps[1:], None], strict=True):
-                while model.recomputes and ahead and len(self._graphs) < in_flight(model.rank, model.ranks):
+                while ahead and len(self._graphs) < in_flight(model.rank, model.ranks):
                     self._recompute(ahead.popleft())
                 self._backward_step(step, ends, following)
                 self._backward_weights(weights_waiting(model.rank))
@@ -100,7 +100,10 @@ class Flight:
         done = Pass(self.model, step.stage, batch.skeleton, batch.values(step.micro_batch), batch.learning(), message)
         try:
             listens = self._hearing.listens and step.micro_batch < batch.count
-            done.run(self._keeps, listens)
+            keeps = self.learns and step not in self._again
+            if keeps and self._again and not self._graphs:
+                torch.clear_autocast_cache()  # of casts that were made without a graph
+            done.run(keeps, listens)
             if listens:
                 self._hearing.compare(step.stage, done.answers)
         except Exception as error:  # noqa: BLE001 - raised once the other stages know of it
@@ -114,9 +117,9 @@ class Flight:
 
     def _remember(self, step: Step, done: Pass, sends: Message) -> None:
         self._passes[step] = done
-        if self._keeps:
+        if step not in self._again:
             self._note_graph(step)
-        else:
+        if self._again:  # what learns is not known without a graph, and told alike of all micro-batches
             sends.learns = [tensor.is_floating_point() for tensor in sends.payload]
 
     def _receive(self, step: Step) -> Message | Failure:
@@ -153,8 +156,6 @@ class Flight:
             self._merged, self._origins = merge(messages, self.batch.sizes, self.model.split)
             stages, batch = self.model.split.stages, self.batch
             self._tail = Pass(self.model, stages, batch.skeleton, batch.values(None), batch.learning(), self._merged)
-            if self.learns and not self._keeps:
-                torch.clear_autocast_cache()  # of casts that were made without a graph
             output = map_tensors(whole_of, self._tail.run(self.learns, self._hearing.listens))
             self._hearing.compare(stages, self._tail.answers)
             self._check_present(output)

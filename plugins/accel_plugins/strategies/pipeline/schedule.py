@@ -7,6 +7,7 @@ in what a process computes before it passes a gradient on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -45,8 +46,17 @@ def weights_waiting(rank: int) -> int:
 
 
 def in_flight(rank: int, ranks: int) -> int:
-    """Graphs that a process holds at once where each is made again in backward: as 1F1B (Narayanan et al. 2019).
+    """Graphs that a process holds at once where activations are computed again: as 1F1B (Narayanan et al. 2019).
 
-    While it waits for its first gradient, it prepares as many micro-batches as there are stages from it to the end.
+    While it waits for its first gradient, it has as many micro-batches ready as there are stages from it to the end.
     """
     return ranks - rank
+
+
+def computed_again(steps: Sequence[Step], rank: int, ranks: int) -> frozenset[Step]:
+    """The forward steps, of all in order, whose activations are dropped; backward begins with the others.
+
+    >>> sorted(step.micro_batch for step in computed_again(fill(0, 2, 2, 5), 0, 2))
+    [0, 1, 2]
+    """
+    return frozenset(steps[: max(len(steps) - in_flight(rank, ranks), 0)])

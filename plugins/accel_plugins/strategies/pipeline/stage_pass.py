@@ -91,13 +91,16 @@ class Pass:
 
     def run_again(self) -> None:
         """Forward again, to have the graph, with the random numbers of the first time."""
-        now = self.model.streams.states()
+        now, told = self.model.streams.states(), self.sends
+        assert told is not None
         self.model.streams.restore(self._states)
         try:
             with self.model.precision.forward():
                 self.run(keeps=True)
         finally:
             self.model.streams.restore(now)
+        assert self.sends is not None
+        self.sends.learns = told.learns  # as the next stage was told
 
     def backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Backward from gradients of some of the tensors that this made; returns those of what arrived and learns.

@@ -39,7 +39,7 @@ class Pipeline(Strategy):
         """Parts of each batch that are under way at once; by default twice the processes along the pipeline."""
 
         schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "gpipe"
-        """gpipe keeps the activations of all micro-batches; 1f1b computes them again in backward, of few at a time;
+        """gpipe keeps the activations of all micro-batches; 1f1b those of few, and computes the others again;
         interleaved gives each process several stages, which shortens the wait for the first micro-batch; zero_bubble
         passes gradients on before it computes those of the weights."""
 

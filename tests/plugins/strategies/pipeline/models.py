@@ -72,6 +72,15 @@ class Skips(nn.Module):
         return self.head(h + start + x)
 
 
+class Frozen(Skips):
+    """Its first half does not learn, so that a stage sends nothing that gradients come back for."""
+
+    def __init__(self):
+        super().__init__()
+        for module in (self.start, self.down):
+            module.requires_grad_(False)
+
+
 class Shared(nn.Module):
     """[b, WIDTH] -> [b, 3]: one block, four times."""
 
@@ -175,6 +184,7 @@ CASES = {
     "gpt": Case(GPT, _tokens, _next_token, {"example": {"tokens": "int64[4, 6] < 37"}}),
     "deep gpt": Case(lambda: GPT(8), _tokens, _next_token, {"example": {"tokens": "int64[4, 6] < 37"}}),
     "skips": Case(Skips, _vectors, _class, VECTORS),
+    "frozen": Case(Frozen, _vectors, _class, VECTORS),
     "shared": Case(Shared, _vectors, _class, VECTORS),
     "choice": Case(Choice, _vectors, _class, VECTORS),
     "cnn": Case(CNN, _images, _class, {"example": {"images": "float32[4, 1, 8, 8]"}}),

@@ -6,6 +6,8 @@ import functools
 import io
 import itertools
 import warnings
+import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,22 +164,72 @@ def test_a_process_holds_its_stage_only():
         assert held <= of_blocks + outside
 
 
+class Counted(nn.Module):
+    """Its input; counts how often it was computed, its graphs that are alive, and the most of them at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def forward(self, x):
+        self.found["calls"] += 1
+        if not torch.is_grad_enabled():
+            return x
+        x = x.clone()
+        self.found["alive"] += 1
+        self.found["most"] = max(self.found["most"], self.found["alive"])
+        weakref.finalize(x.untyped_storage(), self.forget)
+        return Keeping.apply(x)
+
+    def forget(self):
+        self.found["alive"] -= 1
+
+
+class Keeping(torch.autograd.Function):
+    """Saves its input as what computes does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.saved_tensors  # noqa: B018 - which have to be there
+        return gradient
+
+
+class DeepGPT(GPT):
+    """Eight blocks, each of which counts."""
+
+    def __init__(self):
+        super().__init__(8)
+        for block in self.blocks:
+            block.first = nn.Sequential(block.first, Counted())
+
+
 def in_flight(micro_batches):
-    found = {}
+    found, case = {}, CASES["deep gpt"]._replace(make=DeepGPT)
     for schedule in SCHEDULES:
-        accelerator, model, _ = prepared("deep gpt", {"schedule": schedule, "micro_batches": micro_batches})
-        accelerator.backward(loss_of(CASES["deep gpt"], model, CASES["deep gpt"].batch(0, micro_batches)))
-        found[schedule] = accelerator.strategies[0].staged(model).peak
+        accelerator = accelerator_for(case, {"schedule": schedule, "micro_batches": micro_batches}, num_processes=4)
+        model = accelerator.prepare(make(case))
+        counted = [block.first[1] for block in model.blocks]
+        for counter in counted:
+            counter.found.update(calls=-counter.found["calls"], most=-counter.found["most"])
+        accelerator.backward(loss_of(case, model, case.batch(0, micro_batches)))
+        mine = [(c.found["most"], c.found["calls"]) for c in counted if c.found["calls"]]
+        found[schedule] = accelerator.strategies[0].staged(model).peak, mine
     told = accelerator.describe(model).parts["pipeline"]
     return found, [said for said in told.values() if said.startswith("gradients of weights wait")]
 
 
-def test_1f1b_keeps_few_micro_batches():
+def test_1f1b_keeps_few_micro_batches_and_computes_the_others_again():
+    """Two blocks on each process: graphs that the pipeline has, and of each block those alive and its forwards."""
     found, told = zip(*run(4, in_flight, 6), strict=True)
-    assert [peaks["gpipe"] for peaks in found] == [6, 6, 6, 6]
-    assert [peaks["1f1b"] for peaks in found] == [4, 3, 2, 1]
-    assert [peaks["interleaved"] for peaks in found] == [12, 12, 12, 12], "of stages of half the size"
-    assert [peaks["zero_bubble"] for peaks in found] == [6, 6, 6, 6]
+    assert [each["gpipe"] for each in found] == [(6, [(6, 6)] * 2)] * 4
+    assert [each["1f1b"] for each in found] == [(n, [(n, 6 + 6 - n)] * 2) for n in (4, 3, 2, 1)]
+    assert [each["interleaved"] for each in found] == [(12, [(6, 6)] * 2)] * 4, "of stages of half the size"
+    assert [each["zero_bubble"] for each in found] == [(6, [(6, 6)] * 2)] * 4
     assert [len(lines) for lines in told] == [0, 1, 1, 2], "for the first stage nobody waits; the end is one more"
 
 
