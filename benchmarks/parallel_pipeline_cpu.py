@@ -4,10 +4,12 @@
 
 Both train in the same processes, step by step in turns, on one thread each; the loss is a cross entropy of the logits.
 Times are milliseconds of user and system time of all processes together, the median of steps; ratios are medians of
-the ratios of neighbouring steps.
+the ratios of neighbouring steps. `stored` is MB of parameters, gradients and AdamW's state on one process, the mean,
+and `n x` its ratio to 1/n of those of the whole model.
 
 Torch takes the mean of each micro-batch's loss as soon as the micro-batch is through. Here the loss is the user's, and
-is known when all are: so `1f1b` computes activations again, as torch does with a checkpoint around each stage.
+is known when all are: so `1f1b` computes activations again, all but those that it may keep, as torch does of all with a
+checkpoint around each stage.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from torch.distributed.pipelining import (
 )
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformer import Block, Shape
+from transformer import BYTES, Block, Shape
+from zero_contender import size_of, tensors
 
 from accel import Accelerator
+from accel.runtime.shards import Elsewhere
 from accel.testing import run
 
 SHAPE = Shape(width=256, layers=8, heads=4, vocabulary=1024, length=64, batch=16)
@@ -125,8 +129,17 @@ def by_accel(schedule: str, outputs: str, micro_batches: int, tokens: Tensor) ->
     return model, step
 
 
-def work(schedule: str, again: bool, micro_batches: int) -> list[list[float]]:
-    """CPU seconds of each step on this process: torch's, those with `outputs: last`, and with `outputs: all`."""
+def stored(model: nn.Module, step: Callable[[], Any]) -> int:
+    """Bytes on this process after a step: parameters, gradients and the state of AdamW."""
+    held = [parameter for parameter in model.parameters() if not isinstance(parameter, Elsewhere)]
+    optimizer = torch.optim.AdamW(held)
+    step()
+    optimizer.step()
+    return size_of([*held, *(parameter.grad for parameter in held), *tensors(optimizer.state)])
+
+
+def work(schedule: str, again: bool, micro_batches: int) -> tuple[list[list[float]], int]:
+    """CPU seconds of each step on this process: torch's, with `outputs: last` and with `all`; and what it stores."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     tokens = torch.randint(SHAPE.vocabulary, (SHAPE.batch, SHAPE.length), generator=torch.Generator().manual_seed(1))
@@ -143,15 +156,17 @@ def work(schedule: str, again: bool, micro_batches: int) -> list[list[float]]:
             step()
             model.zero_grad()
             seconds.append(time.process_time() - start)
-    return [seconds[WARM_UP:] for seconds in found]
+    return [seconds[WARM_UP:] for seconds in found], stored(*contenders[-1])
 
 
 def main(processes: int, micro_batches: int) -> None:
     """Print a row for each schedule."""
     print(f"{processes} processes, {micro_batches} micro-batches, {SHAPE}")
-    print(f"{'':22}  {'torch ms':>8}  {'last ms':>8}  {'/ torch':>8}  {'all ms':>8}  {'/ torch':>8}")
+    titles = ("torch ms", "last ms", "/ torch", "all ms", "/ torch", "stored", "n x")
+    print(" " * 22 + "".join(f"  {title:>8}" for title in titles))
+    whole = 4 * BYTES * sum(parameter.numel() for parameter in make_model().parameters())
     for schedule, again in ROWS:
-        each = run(processes, work, schedule, again, micro_batches, timeout=300)
+        each, bytes_stored = zip(*run(processes, work, schedule, again, micro_batches, timeout=300), strict=True)
         torchs, last, every = (
             [1000 * sum(step) for step in zip(*kind, strict=True)] for kind in zip(*each, strict=True)
         )
@@ -159,7 +174,8 @@ def main(processes: int, micro_batches: int) -> None:
         for ours in (last, every):
             ratio = statistics.median(a / b for a, b in zip(ours, torchs, strict=True))
             row += f"  {statistics.median(ours):8.0f}  {ratio:8.3f}"
-        print(row, flush=True)
+        total = sum(bytes_stored)
+        print(f"{row}  {total / processes / 1e6:8.1f}  {total / whole:8.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ class Batch:
                 for t, batched in zip(self.tensors, self.batched, strict=True)
             ]
         self._gradients: dict[int, dict[int, Tensor]] = {}
+        self._kinds: dict[int | None, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +105,9 @@ class Batch:
 
     def kind(self, index: int | None) -> Any:
         """What micro-batches that are alike have in common: the shapes of their tensors."""
-        return tuple(tuple(value.shape) for value in self.values(index))
+        if index not in self._kinds:
+            self._kinds[index] = tuple(tuple(value.shape) for value in self.values(index))
+        return self._kinds[index]
 
     def arguments(self, values: list[Tensor]) -> Any:
         """Positional and named arguments with these tensors."""

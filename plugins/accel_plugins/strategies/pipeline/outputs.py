@@ -195,7 +195,8 @@ def tell_loss(loss: Tensor, wire: Wire) -> None:
         return
     last = wire.group.size() - 1
     known = not isinstance(loss, Awaited)
-    value = wire.share(last, loss.detach() if known else torch.empty(loss.shape, dtype=loss.dtype, device=wire.device))
+    value = loss.detach().clone() if known else torch.empty(loss.shape, dtype=loss.dtype, device=wire.device)
+    value = wire.share(last, value, waits=False)  # for which the last stage would keep all others waiting
     if isinstance(loss, Awaited):
         loss.tell(value)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -38,14 +40,15 @@ class _Spec(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-class _Form(NamedTuple):
+@dataclass(frozen=True)
+class _Form:
     """What messages of one kind were like last: their text, and how they are laid out."""
 
     said: bytes
     text: Any
     specs: tuple[_Spec, ...]
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """Where each tensor begins, and then the header."""
         ends = accumulate((_round_up(spec.bytes, _ALIGNED) for spec in self.specs[:-1]), initial=0)
@@ -54,10 +57,23 @@ class _Form(NamedTuple):
         found = list(ends)
         return [*found, _round_up(found[-1] + self.specs[-1].bytes, 8)]
 
-    @property
+    @cached_property
+    def strides(self) -> list[tuple[int, ...]]:
+        """Those of each tensor."""
+        return [torch.empty(spec.shape, device="meta").stride() for spec in self.specs]
+
+    @cached_property
     def size(self) -> int:
         """Bytes of a message."""
         return self.starts[-1] + _HEADER
+
+    def views(self, packed: Tensor) -> list[Tensor]:
+        """The tensors in a message, each with a version of its own: it does not change where another is changed."""
+        storage, found = packed.untyped_storage(), []
+        for start, spec, strides in zip(self.starts, self.specs, self.strides, strict=False):
+            whole = torch.empty(0, dtype=spec.dtype, device=packed.device)
+            found.append(whole.set_(storage, start // spec.dtype.itemsize, spec.shape, strides))
+        return found
 
 
 _BARE = _Form(b"", None, ())
@@ -135,13 +151,20 @@ class Wire:
             self.share(source, part)
         return failure or (text, tensors)
 
-    def share(self, source: int, tensor: Tensor) -> Tensor:
-        """A tensor of `source`, on all processes along the pipeline; the others give one of its shape and dtype."""
+    def share(self, source: int, tensor: Tensor, waits: bool = True) -> Tensor:
+        """A tensor of `source`, on all processes along the pipeline; the others give one of its shape and dtype.
+
+        `waits` says whether the source waits here until it has been sent, or in `finish`.
+        """
         tensor = tensor.detach().contiguous()
-        if tensor.numel():
-            if self.group.rank() == source:
-                self.sent += tensor.numel() * tensor.element_size()
-            dist.broadcast(tensor, group=self.group, group_src=source)
+        if not tensor.numel():
+            return tensor
+        work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
+        if self.group.rank() == source:
+            self.sent += tensor.numel() * tensor.element_size()
+            self._waiting.append((work, tensor))
+        if waits or self.group.rank() != source:
+            work.wait()
         return tensor
 
     def finish(self) -> None:
@@ -177,13 +200,13 @@ class Wire:
             form = self._remember(ends, way, _Form(said, *pickle.loads(said)))
             packed = pull(form.size)
             _, number = self._header(packed)
-        return form.text, [_view(packed, *each) for each in zip(form.starts, form.specs, strict=False)], number
+        return form.text, form.views(packed), number
 
     def _packed(self, form: _Form, tensors: Sequence[Tensor], kind: int, number: int) -> Tensor:
         """One transfer of the form: the tensors, or none, and the header."""
-        packed, starts = self._empty(form.size), form.starts
-        for start, spec, tensor in zip(starts, form.specs, tensors, strict=False):
-            _view(packed, start, spec).copy_(tensor.detach())
+        packed = self._empty(form.size)
+        for view, tensor in zip(form.views(packed) if tensors else (), tensors, strict=True):
+            view.copy_(tensor.detach())
         packed[-_HEADER:].view(torch.int64).copy_(torch.tensor([kind, number]))
         return packed
 
@@ -229,10 +252,3 @@ class Wire:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _view(packed: Tensor, start: int, spec: _Spec) -> Tensor:
-    """A tensor in a message, with a version of its own: the others in it do not change where this is changed."""
-    whole = torch.empty(0, dtype=spec.dtype, device=packed.device)
-    strides = torch.empty(spec.shape, device="meta").stride()
-    return whole.set_(packed.untyped_storage(), start // spec.dtype.itemsize, spec.shape, strides)

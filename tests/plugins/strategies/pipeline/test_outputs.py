@@ -47,7 +47,8 @@ class Model(torch.autograd.Function):
 def test_a_loss_goes_back_to_the_outputs_without_values(name, scaled):
     found = []
     loss = LOSSES[name](Model.apply(torch.zeros((), requires_grad=True), found))
-    wire = SimpleNamespace(group=SimpleNamespace(size=lambda: 2), device=CPU, share=lambda *told: torch.tensor(2.0))
+    group = SimpleNamespace(size=lambda: 2)
+    wire = SimpleNamespace(group=group, device=CPU, share=lambda *told, waits: torch.tensor(2.0))
     tell_loss(loss, wire)
     assert loss.item() == 2.0
     (loss * 0.5 if scaled else loss).backward()
