@@ -19,13 +19,14 @@ from .interfaces import Axis, Device, Precision, Strategy, Support, Tracker
 from .plan import Plan
 from .runtime import collectives
 from .runtime.describe import Description, describe
+from .runtime.lines import warn
 from .runtime.loader import PreparedLoader
 from .runtime.loader import skip_first_batches as _skip_first_batches
 from .runtime.mesh import Mesh
 from .runtime.metrics import gather_for_metrics
+from .runtime.points import meeting
 from .runtime.saving import Saving
 from .runtime.scheduler import prepare_scheduler
-from .runtime.warn import warn
 from .runtime.world import World, leave
 
 
@@ -116,6 +117,7 @@ class Accelerator(Saving):
         data = self.mesh.axis(Axis.DATA)
         return data.group if data.size > 1 else None
 
+    @meeting
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Like `gather`, but each sample of the loader's current batch counts once; all ranks.
 
@@ -193,6 +195,7 @@ class Accelerator(Saving):
         """Set a flag on this process that `check_trigger` sees on all."""
         self._trigger = True
 
+    @meeting
     def check_trigger(self) -> bool:
         """Whether any process has set the trigger since the last check; all ranks. Resets it."""
         flag = torch.tensor(int(self._trigger), device=self.device)

@@ -65,7 +65,11 @@ def is_machinery(frame: FrameType) -> bool:
 
     A plugin's code is its own module, and the package around it unless that is a whole project's.
     """
-    module = frame.f_globals.get("__name__", "")
+    return _is_machinery(frame.f_globals.get("__name__", ""))
+
+
+@functools.cache
+def _is_machinery(module: str) -> bool:
     plugins = {point.module for kind in KINDS for point in _points(kind)}
     packages = {plugin.rpartition(".")[0] if plugin.count(".") > 1 else plugin for plugin in plugins}
     return any(module == name or module.startswith(f"{name}.") for name in {"accel", "torch", *packages})

@@ -37,7 +37,12 @@ class PackageSite:
 def on_path(site: PackageSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this process see the site's packages."""
     monkeypatch.syspath_prepend(site.folder)
-    registry._installed.cache_clear()
+    _forget()
     yield
     monkeypatch.undo()
+    _forget()
+
+
+def _forget() -> None:
     registry._installed.cache_clear()
+    registry._is_machinery.cache_clear()

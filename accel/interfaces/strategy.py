@@ -82,6 +82,11 @@ class Strategy:
     places_parameters: ClassVar[bool] = False
     """Whether processes along the axis hold different parameters, each of them whole."""
 
+    waits: ClassVar[bool] = False
+    """Whether each forward and each backward pass of a model waits for the others along the axis.
+
+    A pass that leaves gradients exchanged waits with any strategy."""
+
     takes_empty: ClassVar[bool] = False
     """Whether `setup` takes models without memory, made under `empty_init`, so that none is ever whole.
 

@@ -19,6 +19,7 @@ from .loader import PreparedLoader
 from .model import ModelPart, model_part
 from .optimizer import OptimizerPart
 from .penalties import check_divided
+from .points import BACKWARD, come_to, meet
 from .process import Process
 
 
@@ -99,15 +100,19 @@ class Backward(Process):
                 "backward: gradients were already unscaled, by clip_grad_norm_ or unscale_gradients, and a scaled one "
                 "would come on top; call every backward of a step before clipping"
             )
+        self._closing = self._closes()
+        exchanges = [self._exchanges(part) for part in self._models]
+        if any(exchanges):
+            meet(BACKWARD)
+        else:
+            come_to(BACKWARD, self.strategies)
         for strategy in self.strategies:
             strategy.complete_loss(loss)
         weight = self._active[-1].weight if self._active else 1.0
         factor = self._loss_factor() * (1.0 if isinstance(loss, DTensor) else weight)
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
-        self._closing = self._closes()
         for part in self._models:
             part.check_filled()
-        exchanges = [self._exchanges(part) for part in self._models]
         scaled = self._before_backward(scaled, exchanges)
         scaled.backward(**options)  # type: ignore[no-untyped-call]
         self._after_backward(exchanges)

@@ -22,7 +22,7 @@ from .data.order import Order, seed_of
 from .data.read import IterableReader, MapReader, Reading, Start
 from .data.share import Cut, Share, weight
 from .data.transfer import moved
-from .warn import warn
+from .lines import warn
 
 _IN_ORDER = (
     "a prepared loader yields batches in order although the DataLoader says in_order=False: only so are all processes "

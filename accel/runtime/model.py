@@ -15,6 +15,7 @@ from .adopt import Adopted, Part, adopt, part_of
 from .deferred import Filling
 from .gradients import Arrivals
 from .handling import mind_divided_tensors
+from .points import FORWARD, come_to
 from .references import View, refuse_parameter, refuse_view, views_of_parameters
 from .shards import Elsewhere, accept_whole_model_states, divide_state, whole_tensor
 
@@ -105,6 +106,7 @@ class ModelPart(Part):
         self.check_filled()
         self._depth += 1
         try:
+            come_to(FORWARD, self.strategies)
             for strategy in self.strategies:
                 strategy.before_forward(self.model)
             with self.precision.forward():

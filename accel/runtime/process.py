@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from ..errors import AccelError
 from . import collectives
+from .points import meeting
 from .world import World
 
 P = ParamSpec("P")
@@ -69,11 +70,13 @@ class Process:
         if self.is_local_main_process:
             builtins.print(*values, **options)
 
+    @meeting
     def wait_for_everyone(self) -> None:
         """Return once all processes have called this."""
         if self.num_processes > 1:
             dist.barrier()
 
+    @meeting
     def gather(self, tensors: Any) -> Any:
         """Concatenate tensors over the processes, on all of them: [B, ...] -> [n * B, ...]; all ranks.
 
@@ -81,10 +84,12 @@ class Process:
         """
         return collectives.gather(tensors, self.data_group())
 
+    @meeting
     def reduce(self, tensors: Any, reduction: Literal["mean", "sum", "none"] = "sum", scale: float = 1.0) -> Any:
         """Sum or average tensors over the processes, on all of them, times `scale`; all ranks."""
         return collectives.reduce(tensors, self.data_group(), reduction, scale)
 
+    @meeting
     def pad_across_processes(self, tensors: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Pad tensors along `dim` with `pad_index` to the longest of any process; all ranks."""
         return collectives.pad_across_processes(tensors, self.data_group(), dim, pad_index, pad_first)

@@ -20,10 +20,11 @@ from ..plan import Plan
 from ..storage import FOLDER, absolute, parse_size
 from .checkpoint import Checkpoints, Differences, Pickled, State, group_of
 from .deferred import is_empty
+from .lines import warn
 from .model import model_part, whole_state_dict
+from .points import meeting
 from .preemption import SIGNALS, Preemption
 from .training import Training
-from .warn import warn
 
 
 class Saving(Training):
@@ -40,6 +41,7 @@ class Saving(Training):
         self._preemption = self._watch_for_preemption()
         super().__init__()
 
+    @meeting
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """The whole state of a model under the user's own names, as plain CPU tensors; all ranks."""
         state = whole_state_dict(model)
@@ -61,6 +63,7 @@ class Saving(Training):
                 )
         self._registered.extend(map(Pickled, objects) if pickle else objects)
 
+    @meeting
     def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool = True) -> str:
         """Write a checkpoint of everything prepared and registered; all ranks. Returns the folder.
 
@@ -74,6 +77,7 @@ class Saving(Training):
         folder = None if output_dir is None else absolute(output_dir)
         return str(self._checkpoints.save(folder, self._state(), blocking))
 
+    @meeting
     def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str:
         """Take over a checkpoint that `save_state` wrote; all ranks, with the same objects prepared.
 
@@ -92,6 +96,7 @@ class Saving(Training):
         self._abandon_windows()
         return str(folder)
 
+    @meeting
     def resume(self) -> bool:
         """Go on from the newest complete checkpoint under `project_dir`, if there is one; all ranks.
 
@@ -103,6 +108,7 @@ class Saving(Training):
         self.load_state()
         return True
 
+    @meeting
     def save_model(
         self,
         model: nn.Module,
@@ -118,6 +124,7 @@ class Saving(Training):
             raise ConfigError("save_model: safe_serialization: False would write a pickle; it can only be True")
         self._checkpoints.save_model(absolute(save_directory), model, parse_size(max_shard_size))
 
+    @meeting
     def load_model(self, model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> Differences:
         """Take over weights from a folder of safetensors, whoever wrote it, into a prepared model; all ranks.
 

@@ -19,6 +19,7 @@ from .deferred import Filling, Tape
 from .loader import PreparedLoader
 from .model import model_part, prepare_model, rebind
 from .optimizer import OptimizerPart, Owner, optimizer_part, prepare_optimizer
+from .points import meeting
 
 
 class Training(Backward):
@@ -54,6 +55,7 @@ class Training(Backward):
             part.abandon()
         self._boundaries.forget()
 
+    @meeting
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Prepare one model, in place; all ranks. Raises PrepareError if the strategy cannot train it right."""
         if model_part(model) is None:
@@ -102,6 +104,7 @@ class Training(Backward):
         """Whether an optimizer's last step was skipped, on all ranks, because gradients overflowed."""
         return any(part.skipped for part in self._optimizers)
 
+    @meeting
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale gradients so that their norm over all processes is at most `max_norm`; returns the norm before.
 
@@ -115,6 +118,7 @@ class Training(Backward):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
+    @meeting
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clamp each element of the gradients to [-clip_value, clip_value]; not in the middle of a window."""
         parameters = self._current(parameters)

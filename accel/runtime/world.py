@@ -78,14 +78,14 @@ class World:
 
 
 @functools.cache
-def machine_store() -> Store:
-    """A store that only the processes of this machine ask, for what all of them ask often; all ranks.
+def machine_store() -> Store | None:
+    """A store that only the processes of this machine ask, for what all of them ask often; None if there are no others.
 
-    Of several machines, every process offers one, and the first offer is taken. The store ends with its process: where
+    All ranks call this. Every process offers one, and the first offer is taken. The store ends with its process: where
     that may be before others have asked, they mind DistNetworkError.
     """
     if World.from_environment().local_size == dist.get_world_size():
-        return _get_default_store()
+        return None
     offers = PrefixStore(f"accel/machine/{_machine()}", _get_default_store())
     own = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     port = int(offers.compare_set("port", "", str(own.port)))

@@ -18,7 +18,7 @@ from ... import storage
 from ...errors import CheckpointError, DamagedError
 from ...interfaces import Checkpoint
 from ...storage import Manifest, Range
-from ..warn import warn
+from ..lines import warn
 from ..world import World
 from .background import Background
 from .contents import Contents, State, collect, collect_model

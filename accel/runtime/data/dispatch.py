@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...errors import PrepareError
+from ..points import BATCH, Points
 from .read import Batches
 
 
@@ -26,7 +27,9 @@ def dispatched(batches: Iterator[Batches] | None, group: dist.ProcessGroup) -> I
     `batches` is what the first process reads, for all places; None on the others. An error in reading is raised on
     all: as it is on the first process, as PrepareError on the others.
     """
+    points = Points.of(group)
     while True:
+        points.come_to(BATCH)
         received: list[Any] = [b""]
         sent = None if batches is None else _parcels(batches, group)
         dist.scatter_object_list(received, sent, group=group, group_src=0)

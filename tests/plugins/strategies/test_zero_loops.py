@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from accel import Accelerator
-from accel.errors import CheckpointError, PrepareError
+from accel.errors import CheckpointError, CollectiveError, PrepareError
 from accel.runtime import world
 from accel.testing import run
 
@@ -143,7 +143,7 @@ def bare_unreached(stage, late):
 
 @pytest.mark.parametrize(("stage", "late"), [("zero1", 0), ("zero2", 0.5), ("zero3", 0)])
 def test_a_bare_backward_that_a_rank_never_comes_to_is_refused(stage, late):
-    with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in a bare .*, and rank 1 went on"):
+    with pytest.raises(CollectiveError, match=r"rank 0 came to a bare .*, and rank 1 came to a step"):
         run(2, bare_unreached, stage, late)
 
 
@@ -170,7 +170,7 @@ def grad_on_one(late, forward):
 
 @pytest.mark.parametrize(("late", "forward"), [(0, False), (0.5, False), (0, True), (0.5, True)])
 def test_autograd_grad_that_a_rank_never_comes_to_is_refused(late, forward):
-    with pytest.raises(PrepareError, match=r"rank 0 waits for rank 1 in .* torch\.autograd\.grad, and rank 1 went on"):
+    with pytest.raises(CollectiveError, match=r"rank 0 came to .* torch\.autograd\.grad at .*, and rank 1 came to a"):
         run(2, grad_on_one, late, forward)
 
 
@@ -187,7 +187,7 @@ def evaluated_on_one(stage, late):
 
 @pytest.mark.parametrize(("stage", "late"), [("zero1", 0), ("zero3", 0.5)])
 def test_a_forward_on_one_rank_alone_is_refused(stage, late):
-    with pytest.raises(PrepareError, match=r"waits for rank . in a.*, and rank . went on to .* call the model on all"):
+    with pytest.raises(CollectiveError, match=r"rank . came to a forward .*: call the model on all"):
         run(2, evaluated_on_one, stage, late)
 
 
@@ -198,7 +198,8 @@ def evaluated_on_some_of_two_machines(ranks):
     world._machine = lambda: f"machine {rank // 2}"
     accelerator, model, optimizer, *_ = pair("zero3")
     train_one(accelerator, model, optimizer, 0)
-    dist.all_gather_object(asked := [0] * 4, len(accelerator.strategies[-1].models[model].exchange.passes._stores))
+    points = accelerator.strategies[-1].models[model].exchange.wholes.points
+    dist.all_gather_object(asked := [0] * 4, len(points._stores))
     assert sorted(asked) == [1, 1, 2, 2]  # one process of a machine asks what all machines share
     if rank in ranks:
         with torch.no_grad():
@@ -208,7 +209,7 @@ def evaluated_on_some_of_two_machines(ranks):
 
 @pytest.mark.parametrize("ranks", [{3}, {0, 1}])
 def test_a_forward_on_some_of_two_machines_is_refused(ranks):
-    with pytest.raises(PrepareError, match=r"waits for rank . in a.*, and rank . went on to .* call the model on all"):
+    with pytest.raises(CollectiveError, match=r"rank . came to a forward .*: call the model on all"):
         run(4, evaluated_on_some_of_two_machines, ranks)
 
 

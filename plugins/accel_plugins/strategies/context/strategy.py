@@ -26,6 +26,7 @@ class Context(Strategy):
     """Divides sequences, and so activations, among processes that see the same batch."""
 
     axis = Axis.CONTEXT
+    waits = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Strategy.Options):

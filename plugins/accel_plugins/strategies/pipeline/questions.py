@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from accel.runtime.warn import warn
+from accel.runtime.lines import warn
 
 _ASKING = {
     Tensor.__bool__,

@@ -27,6 +27,7 @@ class Pipeline(Strategy):
     """Each process computes some consecutive blocks of the model, and passes micro-batches on to the next."""
 
     axis = Axis.PIPELINE
+    waits: ClassVar[bool] = True
     splits_backward: ClassVar[bool] = True
     places_parameters: ClassVar[bool] = True
     takes_empty: ClassVar[bool] = True

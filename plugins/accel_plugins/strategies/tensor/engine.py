@@ -16,8 +16,8 @@ from accel.runtime.divided.borders import Borders
 from accel.runtime.divided.numbers import Numbers
 from accel.runtime.divided.peers import Peers
 from accel.runtime.example import Inputs, example_inputs
+from accel.runtime.lines import warn
 from accel.runtime.shards import held_parameters
-from accel.runtime.warn import warn
 
 from .activations import Activations
 from .layer import own_kernels

@@ -29,6 +29,7 @@ class Tensor(Strategy):
     """Divides the matrices of each layer among processes that see the same batch."""
 
     axis = Axis.TENSOR
+    waits = True
     takes_empty = True
 
     @dataclass(frozen=True, kw_only=True)

@@ -74,9 +74,9 @@ class ShardedModel:
     def before_backward(self, loss: Tensor, exchange: bool) -> None:
         """Say whether the backward pass from `loss` exchanges gradients, and what becomes of gathered parameters."""
         if self.exchange is not None:
-            exchange = exchange or self.strategy.exchanges_every_micro_batch
-            reshard = exchange or not self.strategy.gathers_once_a_window
-            self.exchange.begin(loss, exchange, reshard)
+            exchanges = exchange or self.strategy.exchanges_every_micro_batch
+            reshard = exchanges or not self.strategy.gathers_once_a_window
+            self.exchange.begin(loss, exchanges, reshard, met=exchange)
 
     def after_backward(self, exchange: bool, alone: bool) -> None:
         """Make up for an exchange that this process's loss did not set off, and give all the same buffers."""

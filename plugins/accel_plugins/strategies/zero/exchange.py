@@ -19,9 +19,9 @@ from torch import Tensor
 
 from accel.errors import PrepareError
 from accel.runtime.nested import tensors
+from accel.runtime.points import BACKWARD, BARE, FORWARD, STEP
 
 from .groups import Groups, make_gradients_alike, whole_gradient
-from .passes import BACKWARD, BARE, FORWARD, STEP, Passes
 from .reach import Reach, agree_on_used, leaves_none, reach_of, reach_under_way
 from .wholes import Wholes
 from .zeros import Zeros, drop_empty, fill
@@ -68,23 +68,23 @@ class Exchange:
         self._reach: Reach | None = None
         self._ran = self._begun = self._bare = False
         self._leaves_none = self._without_gradients = self._kept = self._reshards_late = False
-        self.passes = Passes(self.group)
         for turn in self._turns:
             self._listen(turn)
         for state in groups.states:
             self._finish_with(state)
 
-    def begin(self, loss: Tensor, exchange: bool, reshard: bool) -> None:
+    def begin(self, loss: Tensor, exchange: bool, reshard: bool, met: bool) -> None:
         """Say what the backward pass from `loss` does with gradients, and with gathered parameters; all ranks.
 
-        Where processes will not ask for the same parameters, all are gathered now.
+        Where processes will not ask for the same parameters, all are gathered now. `met` says whether all processes are
+        known to run this pass.
         """
         self._ran, self._begun = False, True
-        self.wholes.begin(loss)
+        self.wholes.begin(loss, met)
         if self.find_unused and (exchange or self.gathers):
-            self.passes.come_to(BACKWARD)
+            if not met:
+                self.wholes.points.come_to(BACKWARD)
             self._reach = reach_of(loss, self.groups, [turn.calls for turn in self._in_order], self.group)
-            self.passes.forget()
             reshard = reshard and not self._gather_if_unlike(self._reach)
         self._start(exchange, reshard)
 
@@ -103,17 +103,17 @@ class Exchange:
     def begin_forward(self, groups: Iterable[Any]) -> None:
         """A forward is about to gather what is not whole of these groups."""
         if not all(map(self.groups.is_whole, groups)):
-            self.passes.come_to(FORWARD)
+            self.wholes.points.come_to(FORWARD)
 
     def end_passes(self) -> None:
         """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
-        self.passes.come_to(STEP)
+        self.wholes.points.come_to(STEP)
         self.wholes.end_passes()
 
     def _begin_bare(self) -> None:
         """A bare `loss.backward()` is about to wait: see to it that all processes ask for the same; all ranks."""
         self._begun = self._bare = True
-        self.passes.come_to(BARE)
+        self.wholes.points.come_to(BARE)
         self.wholes.arrive()
         if not ((self.gathers or self.wholes.in_pass) and self.find_unused):
             self._start(exchange=True, reshard=True)
@@ -126,7 +126,7 @@ class Exchange:
     def _begin_without_gradients(self) -> None:
         """`torch.autograd.grad` is about to wait for the others, where it gathers."""
         if self.gathers and not self._without_gradients:
-            self.passes.come_to(BARE)
+            self.wholes.points.come_to(BARE)
             self.wholes.arrive()
         if torch.is_grad_enabled():  # as with create_graph=True
             self.groups.keep(True)

@@ -24,8 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
 from accel.runtime.graph import nodes_of
-
-from .passes import BACKWARD, BARE, STEP, Passes
+from accel.runtime.points import BACKWARD, BARE, STEP, WHOLE, Points
 
 _will_execute = torch._C._will_engine_execute_node
 _axes: dict[str, Wholes] = {}
@@ -39,7 +38,7 @@ class Wholes:
     """
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.group, self.passes = group, Passes(group)
+        self.group, self.points = group, Points.of(group)
         self.in_pass = False
         """Whether the backward pass under way goes through any."""
         self._made, self._begun = 0, False
@@ -60,10 +59,14 @@ class Wholes:
         """Whether a gradient may have to be averaged."""
         return self._made > 0
 
-    def begin(self, loss: Tensor) -> None:
-        """A backward pass from `loss` is about to run; all ranks. Raises PrepareError where they use other wholes."""
+    def begin(self, loss: Tensor, met: bool) -> None:
+        """A backward pass from `loss` is about to run; all ranks. Raises PrepareError where they use other wholes.
+
+        `met` says whether all processes are known to run it.
+        """
         if self.made:
-            self.passes.come_to(BACKWARD)
+            if not met:
+                self.points.come_to(BACKWARD)
             self._agree(getattr(node, "whole", 0) for node in nodes_of(loss))
         self._begun = True
 
@@ -73,7 +76,7 @@ class Wholes:
             return
         self._begun = True
         torch.autograd.Variable._execution_engine.queue_callback(self.end)
-        self.passes.come_to(BARE)
+        self.points.come_to(BARE)
         nodes = [node for node in (ref() for ref in self._nodes) if node is not None]
         self._agree(node.whole for node in nodes if _will_execute(node))
 
@@ -84,7 +87,7 @@ class Wholes:
     def end_passes(self) -> None:
         """No process may be in a pass that was not announced; all ranks."""
         if self.made:
-            self.passes.come_to(STEP)
+            self.points.come_to(STEP)
 
     def remember(self, node: Any) -> None:
         """Note the node of the graph through which a gradient will come that is to be averaged."""
@@ -102,7 +105,6 @@ class Wholes:
         brought = torch.tensor([checksum, -checksum, len(used)], dtype=torch.int32)
         dist.all_reduce(brought, op=dist.ReduceOp.MAX, group=self.group)
         largest, smallest, most = brought.tolist()
-        self.passes.forget()
         self.in_pass = most > 0
         if largest != -smallest:
             raise PrepareError(
@@ -139,6 +141,22 @@ def _mind_conversions() -> None:
     """Let what makes plain tensors of divided ones see to their gradients."""
     for name in ("full_tensor", "to_local"):
         setattr(DTensor, name, _minded(getattr(DTensor, name)))
+    DTensor.redistribute = _announced(DTensor.redistribute)  # type: ignore[method-assign]
+
+
+def _announced(redistribute: Any) -> Any:
+    """What makes a divided tensor whole waits for all who hold parts of it."""
+
+    @functools.wraps(redistribute)
+    def call(tensor: DTensor, device_mesh: Any = None, placements: Any = None, **options: Any) -> DTensor:
+        dims = tensor.device_mesh.mesh_dim_names or ()
+        for dim, now, then in zip(dims, tensor.placements, placements or (), strict=False):
+            if dim in _axes and now != then and not now.is_replicate():
+                _axes[dim].points.come_to(WHOLE)
+        result: DTensor = redistribute(tensor, device_mesh, placements, **options)
+        return result
+
+    return call
 
 
 def _minded(convert: Any) -> Any:
