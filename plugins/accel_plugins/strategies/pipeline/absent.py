@@ -120,7 +120,7 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent]
         first = given[0]
         raise PrepareError(f"pipeline: {function} needs values of {first.missing}: {error}. {first.hint}") from error
     if function._schema.is_mutable:
-        return args[0]
+        return args[0] if function._schema.returns else None  # those on lists return nothing
     return tree_map_only(_Shape, lambda shape: kind.made(shape.meta(), device, origin), result)
 
 

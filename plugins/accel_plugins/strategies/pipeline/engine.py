@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from accel.errors import PrepareError
 from accel.runtime.adopt import own_method
 from accel.runtime.collectives import broadcast_in_place
 from accel.runtime.deferred import is_empty, runnable
+from accel.runtime.divided.operators import once
 
 from .absent import absent_parameter
 from .batches import Batch
@@ -58,6 +60,7 @@ class StagedModel:
         self.tied = Tied(model, {name: h for name, h in self.holders.items() if len(h) > 1}, self.wire)
         listen(self)
         model.forward = functools.wraps(self.own_forward)(lambda *args, **kwargs: self.forward(*args, **kwargs))
+        model.__dict__["__deepcopy__"] = self._refuse_copy
         self.peak = 0
         """Most micro-batches whose graph this process has held at once."""
         self._together: dict[int, str] = {}
@@ -127,6 +130,12 @@ class StagedModel:
         found = [names.get(id(leaf), "a part of a sharded one") for leaf in weights.together if leaf.dim() > 1]
         self._together[stage] = "gradients of weights wait" + (f", but not of {', '.join(found)}" if found else "")
 
+    def _refuse_copy(self, memo: Any) -> NoReturn:
+        raise PrepareError(
+            f"copy.deepcopy: this {self.name} is divided among the processes and cannot be copied; copy it, or make "
+            "its AveragedModel, before prepare() and prepare that too; for its weights, call get_state_dict()"
+        )
+
     def owner_of(self, parameter: nn.Parameter) -> int | None:
         """The first process along the pipeline that holds a parameter; None if it is not of this model."""
         known = self._names.get(id(parameter))
@@ -188,5 +197,6 @@ class _Land(torch.autograd.Function):
         return tuple(value.detach() for value in made)
 
     @staticmethod
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (None, None, None, None, *ctx.flight.backward(gradients))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import itertools
@@ -868,6 +869,13 @@ def optimizers():
     loss = loss_of(CASES["skips"], model, CASES["skips"].batch(0, 4))
     with pytest.raises(PrepareError, match=r"from parameters too, as for a penalty, and so from .* on another stage"):
         accelerator.backward(loss + sum(p.square().sum() for p in model.parameters()))
+    with pytest.raises(PrepareError, match="copy it, or make its AveragedModel, before prepare"):
+        copy.deepcopy(model)
+    others = [p.detach() for p in model.parameters() if isinstance(p, Elsewhere)]
+    torch._foreach_lerp_(others, others, 0.5)  # as torch's AveragedModel does
+    x = torch.ones(4, WIDTH, requires_grad=True)
+    with pytest.raises(PrepareError, match=r"gradients of gradients \(create_graph=True\) do not go through"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)  # without an error, a penalty on it taught nothing
 
 
 def test_an_optimizer_or_a_loss_that_looks_at_other_parameters_is_refused():
