@@ -10,11 +10,13 @@ Shown are medians of seconds and of ratios, and the least and the most ratio: th
 can be trusted. A row lasts from when the first process begins to when the last one ends.
 
 Every save replaces the one before and is on disk before its time ends; ours deletes the one before behind the training,
-which is a row of its own. `dd` writes a new file. Loads are into
-models and optimizers that have been trained, from the disk, after the page cache was told to forget the files, and from
-the page cache, as those loads have left them there. They are compared with the raw read and the copy: all processes at
-once, each in one thread, read their shares of the bytes of our checkpoint into one small buffer, and copy what they
-hold of the state to other memory. Peers that are not installed are left out.
+which is a row of its own. A save behind the training copies the optimizer's state after it has returned: what the next
+step waits for that is measured right after the save, and after a forward and a backward pass. `dd` writes a new file.
+
+Loads are into models and optimizers that have been trained, from the disk, after the page cache was told to forget the
+files, and from the page cache, as those loads have left them there. They are compared with the raw read and the copy:
+all processes at once, each in one thread, read their shares of the bytes of our checkpoint into one small buffer, and
+copy what they hold of the state to other memory. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -114,15 +116,21 @@ class Contenders:
         accelerator, alone = self.accelerator, not self.several
         checkpoints = accelerator._checkpoints
         behind = partial(accelerator.save_state, ours, blocking=False)
+
+        def waiting() -> Any:
+            return self.optimizer.state  # which waits for the copy, as a step does
+
         compute = Row("forward and backward", self.compute)
         dd = Row("dd, flushed", lambda: self.main and self.dd(), before=self.remove_raw)
         yield dd
         yield Row("accel save_state", lambda: accelerator.save_state(ours), [dd.name])
         yield Row("  stall if blocking=False", behind, ["accel save_state"], before=checkpoints.finish)
+        yield Row("  a step right then would wait", waiting, ["accel save_state"])
         yield Row("  and the wait for it", checkpoints.wait)
         yield Row("  and the deletion of the one before", checkpoints.finish)
         yield compute
         yield Row("  while a save is written", self.compute, [compute.name], before=behind)
+        yield Row("  what the step then waits", waiting, ["accel save_state"])
         yield Row("  and the wait for it, then", checkpoints.wait)
         yield replace(dd, before=lambda: (checkpoints.finish(), self.remove_raw()))
         yield Row("torch.save", lambda: self.main and self.torch_save(), [dd.name])

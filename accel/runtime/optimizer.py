@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..errors import PrepareError
 from ..interfaces.precision import Precision
-from .adopt import Adopted, Part, adopt, part_of
+from .adopt import Adopted, Part, adopt, own_class, part_of
 from .elementwise import on_parts, on_whole
 from .gradients import ExplicitWindow, Window
 from .shards import accept_whole_optimizer_states
@@ -66,6 +66,28 @@ class OptimizerPart(Part):
         self.wholes: dict[Tensor, nn.Parameter] = {}
         """What takes a divided parameter's place while the optimizer steps whole ones."""
         self._entries = 0
+        self._until: Callable[[], object] | None = None
+        self._hook: Any = None
+
+    def hold(self, until: Callable[[], object]) -> None:
+        """Keep the optimizer's state as it is until this returns: steps, and who asks for the state, wait for it."""
+        self.release()
+        self._until = until
+        self._hook = self.optimizer.register_step_pre_hook(lambda *_: self.settle())
+
+    def settle(self) -> None:
+        """Wait until the state may change."""
+        until = self._until
+        if until is not None:
+            until()
+            self._until = None
+
+    def release(self) -> None:
+        """The same, and let torch forget its hook, which is not to be done while it calls hooks."""
+        self.settle()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -74,6 +96,7 @@ class OptimizerPart(Part):
 
     def step(self, closure: Any = None) -> Any:
         """Step the user's own optimizer, unconditionally."""
+        self.release()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         inner = self.shadowed.get("step") or super(PreparedOptimizer, self.optimizer).step  # type: ignore[misc]
         if closure is not None:
@@ -171,6 +194,21 @@ class PreparedOptimizer(Adopted):
     def zero_grad(self, set_to_none: bool = True) -> None:
         part: OptimizerPart = self.__dict__["_accel"]
         part.zero_grad_if_open(set_to_none)
+
+    @property
+    def state(self) -> Any:
+        """What the optimizer keeps for each parameter; waits for a copy of it that is being made for a checkpoint."""
+        part: OptimizerPart = self.__dict__["_accel"]
+        part.settle()
+        return self.__dict__["state"] if "state" in self.__dict__ else super().state  # type: ignore[misc]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        own = getattr(own_class(self), "state", None)
+        if isinstance(own, property):
+            own.__set__(self, value)
+        else:
+            self.__dict__["state"] = value
 
     @property
     def step_was_skipped(self) -> bool:

@@ -71,8 +71,10 @@ class Saving(Training):
         Each process writes what it holds. The folder appears whole or not at all: it is written aside, flushed,
         and renamed into place. In the middle of an accumulation window it is the state at the window's start, since
         a checkpoint holds no gradients; what was registered is saved as it is. With `blocking=False` training goes
-        on as soon as the state has been copied; what goes wrong later is raised by the next call, or when the run
-        ends. Raises CheckpointError on all ranks.
+        on as soon as the weights have been copied: they may be changed at once. Optimizer state is copied behind the
+        next forward and backward; a step that comes before it is done waits, and state that is changed otherwise is
+        an error. What goes wrong later is raised by the next call, or when the run ends. Raises CheckpointError on all
+        ranks.
         """
         folder = None if output_dir is None else absolute(output_dir)
         return str(self._checkpoints.save(folder, self._state(), blocking))

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ... import storage
@@ -25,9 +24,9 @@ from .contents import Contents, State, collect, collect_model
 from .exchange import Exchange
 from .fit import Differences
 from .load import Skipped, load, load_weights, plan_weights
-from .memory import fresh
 from .read import Parts
-from .write import Layout, Piece, Work, plan, plan_layout, plan_work, size_of, snapshot, write
+from .snapshot import Snapshot
+from .write import Layout, Work, plan, plan_layout, plan_work, write
 
 
 class Checkpoints:
@@ -45,22 +44,24 @@ class Checkpoints:
         self._layout: Layout | None = None
 
     def save(self, folder: Path | None, state: State, blocking: bool) -> Path:
-        """Write a checkpoint; returns its folder. Not blocking, it returns when the state has been copied."""
+        """Write a checkpoint; returns its folder. Not blocking, it returns once what may change has been copied."""
         self.wait()
         self.exchange.connect()
         numbered = folder is None
         folder = folder or self.exchange.from_main(lambda: storage.next_folder(self.home))
         contents = collect(state)
-        copy = None if blocking else lambda work: self._snapshot("tensors", work.pieces)
+        snapshot = None if blocking else Snapshot(state, self._buffers)
+        copy = snapshot.take if snapshot else None
         work, self._layout = plan(folder, contents, state, self.format, self.exchange, self._layout, copy)
         atexit.unregister(self._finish_at_exit)
         atexit.register(self._finish_at_exit)  # before the process group is left, since it comes after that in the list
         facts = {"step": state.step, "created": round(time.time(), 3), "processes": self.world.size}
-        if blocking:
+        if snapshot is None:
             self._write(work, facts, numbered)
         else:
-            self._snapshot("small", work.small)
-            self._writing.start(lambda: self._write(work, facts, numbered))
+            snapshot.copy("small", work.small)
+            snapshot.hold()
+            self._writing.start(lambda: self._complete_and_write(snapshot, work, facts, numbered))
         return folder
 
     def exist(self) -> bool:
@@ -127,6 +128,11 @@ class Checkpoints:
 
         write(work, finish, self.exchange, begin=self._deleting.wait)
 
+    def _complete_and_write(self, snapshot: Snapshot, work: Work, facts: dict[str, Any], numbered: bool) -> None:
+        together = partial(self.exchange.gather, None)  # who still copies weights is to have the memory for it
+        self.exchange.each(lambda: snapshot.complete(together))
+        self._write(work, facts, numbered)
+
     def _finish_at_exit(self) -> None:
         """As `finish`; a failure makes the exit code 1, which an exception at this late hour would not."""
         try:
@@ -135,14 +141,6 @@ class Checkpoints:
             print(f"accel: {error}", file=sys.stderr)
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(1)
-
-    def _snapshot(self, kind: str, pieces: Sequence[Piece]) -> None:
-        """Copy pieces into memory that is kept for the next time: fresh memory costs more than the copy itself."""
-        size = size_of(pieces)
-        if kind not in self._buffers or len(self._buffers[kind]) != size:
-            self._buffers.pop(kind, None)
-            self._buffers[kind] = fresh((size,), torch.uint8)
-        snapshot(pieces, self._buffers[kind])
 
     def _load_newest(self, state: State, strict: bool) -> tuple[Path, Skipped]:
         """Take over the newest checkpoint that is whole. Raises CheckpointError telling why each was passed over."""

@@ -201,7 +201,7 @@ def _collect_optimizer(
     for place, kept in saved["state"].items():
         for key, value in kept.items():
             if isinstance(value, Tensor) and isinstance(key, str) and "." not in key:
-                tensors[f"{names[place]}.{key}"] = value.detach(), True
+                tensors[f"{names[place]}.{key}"] = value, True
             else:
                 rest.setdefault(names[place], {})[key] = value
     groups = [{**g, "params": [names[place] for place in g["params"]]} for g in saved["param_groups"]]

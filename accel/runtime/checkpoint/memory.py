@@ -37,8 +37,8 @@ def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def copy_bytes(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy bytes of the CPU into others, each pair a target and a source of the same length.
 
-    In threads of its own, as workers leave torch only one: a single core does not use what the memory can. NumPy, as
-    it calls the system's `memcpy`, which keeps large copies out of the processor's cache.
+    In this thread and in some of its own, as workers leave torch only one: a single core does not use what the memory
+    can. NumPy, as it calls the system's `memcpy`, which keeps large copies out of the processor's cache.
     """
     stretches = iter(
         [both for pair in pairs for both in zip(*(torch.split(side, CHUNK) for side in pair), strict=True)]
@@ -48,7 +48,9 @@ def copy_bytes(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         for target, source in stretches:  # each thread takes the next
             np.copyto(target.numpy(), source.numpy())
 
-    count = max(THREADS, min(torch.get_num_threads(), MOST_THREADS))
-    with ThreadPoolExecutor(count) as pool:
-        for done in [pool.submit(work) for _ in range(count)]:
-            done.result()
+    others = max(THREADS, min(torch.get_num_threads(), MOST_THREADS)) - 1
+    with ThreadPoolExecutor(others) as pool:
+        working = [pool.submit(work) for _ in range(others)]
+        work()
+    for done in working:
+        done.result()

@@ -16,7 +16,6 @@ from ...interfaces import Checkpoint, Entry, File, Place
 from ...storage import Geometry, Range, Writer
 from .contents import SMALL, Contents, State, collect_random
 from .exchange import Exchange
-from .memory import LARGE, copy_bytes
 from .ownership import Duty, Held, all_entries, duties
 from .parts import as_bytes, box_of, entry_of, geometries, item_size, local_of
 
@@ -72,20 +71,6 @@ class Work:
 def size_of(pieces: Sequence[Piece]) -> int:
     """Bytes of all of them."""
     return sum(piece.duty.stop - piece.duty.start for piece in pieces)
-
-
-def snapshot(pieces: Sequence[Piece], buffer: Tensor) -> None:
-    """Copy them: from now on the tensors may change. The buffer has as many bytes."""
-    done, ready = 0, []
-    for piece in pieces:
-        target = buffer[done : done + piece.duty.stop - piece.duty.start]
-        if len(target) >= LARGE and piece.is_ready:
-            ready.append((target, piece.bytes()))
-        else:
-            target.copy_(piece.bytes())
-        piece.copy = target
-        done += len(target)
-    copy_bytes(ready)
 
 
 @dataclass(frozen=True)
