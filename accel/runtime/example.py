@@ -127,9 +127,23 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
     made = [_make(spec, device) for spec in dict.fromkeys(_specs(model))]
     for value in made:  # likeliest: the same for all arguments
         yield _bind(names, [value] * len(names))
+    for more in _OPTIONAL:
+        if more in inspect.signature(model.forward).parameters and more not in names:
+            fitting = [[value for value in made if _fits(value, name)] for name in (*names, more)]
+            yield from (_bind([*names, more], list(values)) for values in itertools.product(*fitting))
     if len(names) > 1:
         flags = [_make(TensorSpec(dtype, (BATCH,)), device) for dtype in ("float32", "bool", "int64")]
         yield from (_bind(names, list(values)) for values in itertools.product([*made, *flags], repeat=len(names)))
+
+
+_OPTIONAL = ("decoder_input_ids", "pixel_values", "input_ids")
+"""What a Hugging Face model may need beside its first argument, though its signature does not say so."""
+
+
+def _fits(value: Tensor, name: str) -> bool:
+    """Whether an argument of this name may be such a tensor, by the names that Hugging Face models give."""
+    images = name != "pixel_values" or value.dim() == 4
+    return value.is_floating_point() != name.endswith("_ids") and images
 
 
 def _needed(model: nn.Module) -> list[str]:
@@ -166,7 +180,9 @@ def _specs(model: nn.Module) -> Iterator[TensorSpec]:
 
 def _images(model: nn.Module, layer: Any, dtype: str) -> Iterator[TensorSpec]:
     dims = layer.weight.dim() - 2
-    own = getattr(model, "image_size", None) or getattr(getattr(model, "config", None), "image_size", None)
+    config = getattr(model, "config", None)
+    holders = (model, config, getattr(config, "vision_config", None))
+    own = next(filter(None, (getattr(holder, "image_size", None) for holder in holders)), None)
     known = [own] if isinstance(own, int) else [own[-1]] if isinstance(own, (list, tuple)) and own else []
     for size in (*known, 8, 16, 28, 32, 64, 224):
         yield TensorSpec(dtype, (BATCH, layer.in_channels, *[size] * dims))

@@ -65,6 +65,10 @@ def test_hugging_face_models_run_on_what_is_found():
         transformers.LlamaConfig(vocab_size=5, **small),  # smaller than the tokens of its own dummy inputs
         transformers.ViTConfig(image_size=12, patch_size=4, **small),
         transformers.T5Config(d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, vocab_size=20),
+        transformers.PegasusConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=20, pad_token_id=0),
+        transformers.CLIPConfig(
+            text_config={"vocab_size": 20, **small}, vision_config={"image_size": 12, "patch_size": 4, **small}
+        ),
     ):
         model = transformers.AutoModel.from_config(config)
         args, kwargs = example_inputs(model, {}, "example")

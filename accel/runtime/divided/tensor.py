@@ -142,9 +142,9 @@ def moved(division: Division, dim: int, outer: int | None = None) -> Division:
 
 
 def _on_whole(call: Call, error: Undividable) -> Any:
-    """Do without a rule: put the tensors together first."""
+    """Do without a rule: put the tensors together first. What is only observed is whole, and may be changed too."""
     changes_first = (call.name.endswith("_") and not call.name.endswith("__")) or call.name in _CHANGES
-    if changes_first and isinstance(call.first, Divided):
+    if changes_first and isinstance(call.first, Divided) and call.first.division.peers.parts > 1:
         peers = call.first.division.peers
         raise RuntimeError(
             f"{call.name}: cannot change a tensor in place that is divided over the {peers.axis} axis ({error}); "

@@ -80,8 +80,23 @@ class Absent(_Dispatched, Tensor):  # type: ignore[misc,override]
 
     @classmethod
     def made(cls, meta: Tensor, device: torch.device, origin: str) -> Self:
+        """The absent tensor of this kind, of the shape and dtype of another.
+
+        For torch it is on its device, not on `meta`: what a model makes there (`mask.type_as(hidden)`) has values.
+        """
+        shape, strides, offset = meta.shape, meta.stride(), meta.storage_offset()
+        made: Self = Tensor._make_wrapper_subclass(cls, shape, strides, offset, dtype=meta.dtype, device=device)
+        made._device, made.origin = device, origin
+        return made
+
+
+class AbsentWeight(Absent):
+    """What is computed from parameters alone: on `meta`, as they are. Whoever saves weights goes by that."""
+
+    @classmethod
+    def made(cls, meta: Tensor, device: torch.device, origin: str) -> Self:
         """The absent tensor of this kind, of the shape and dtype of another."""
-        made: Self = torch.Tensor._make_subclass(cls, meta)
+        made: Self = Tensor._make_subclass(cls, meta)
         made._device, made.origin = device, origin
         return made
 
@@ -106,6 +121,8 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any], kind: type[Absent]
     """What an operation on absent tensors makes: absent tensors of this kind, or, if `fresh`, what needs no values."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Dispatched)]
     device, origin = given[0]._device, given[0].origin
+    if kind is Absent and all(isinstance(leaf, (AbsentParameter, AbsentWeight)) for leaf in given):
+        kind = AbsentWeight
     args = _counted(function, args)
     if fresh and function.overloadpacket in FRESH:
         like = torch.empty((), dtype=args[0].dtype, device=device).expand(args[0].shape)

@@ -192,6 +192,7 @@ class _Land(torch.autograd.Function):
         ctx: Any, flight: Flight, values: list[Tensor], learning: list[bool], anchor: Tensor, *inputs: Tensor
     ) -> Any:
         ctx.flight = flight
+        ctx.set_materialize_grads(False)  # what only an unused output is made with has no gradient, rather than zeros
         made = [value for value, learns in zip(values, learning, strict=True) if learns]
         ctx.known = {place for place, value in enumerate(made) if not isinstance(value, Awaited)}
         return tuple(value.detach() for value in made)

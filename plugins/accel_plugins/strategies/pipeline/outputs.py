@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +34,6 @@ class Awaited(Absent):
 
     _recipe: _Recipe | None = None
     _heirs: tuple[weakref.ref[Awaited], ...] = ()
-
-    @classmethod
-    def made(cls, meta: Tensor, device: torch.device, origin: str) -> Self:
-        """As in `Absent`, but on its device for torch too, whose formulas make numbers there to compute with."""
-        shape, strides, offset = meta.shape, meta.stride(), meta.storage_offset()
-        made: Self = Tensor._make_wrapper_subclass(cls, shape, strides, offset, dtype=meta.dtype, device=device)
-        made._device, made.origin = device, origin
-        return made
 
     @property
     def missing(self) -> str:

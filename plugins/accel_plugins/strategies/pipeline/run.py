@@ -177,7 +177,7 @@ class Run:
     def _keep(self, result: Result, tensor: Tensor) -> None:
         """Keep a result for later stages; as it is now, where it is known to be changed between parts."""
         tensor = whole_of(tensor)
-        if result in self.split.changed and result in self._wanted:
+        if result in self.split.changed:
             tensor = tensor.clone()
         self._kept[result] = _Kept(tensor, _version(tensor))
 

@@ -87,7 +87,8 @@ def balance(found: Trace, blocks: set[str], stages: int, sizes: dict[str, int]) 
         raise PrepareError(
             f"strategies.pipeline: {stages} stages need as many blocks, and this model calls {len(starts)}: {names}; "
             "use fewer processes along the pipeline, another schedule than interleaved, which makes two stages for "
-            "each, or name blocks with strategies.pipeline.split"
+            "each, or name blocks with strategies.pipeline.split; what a model calls as `block.forward(x)` is not "
+            "seen: write `block(x)`"
         )
     costs = _costs(found, sizes, starts[-1])
     pieces = [sum(costs[a:b]) for a, b in pairwise([0, *starts[1:], len(costs)])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from accel.runtime.blocks import has_parameters
 from accel.runtime.deferred.operations import written_to
+from accel.runtime.example import tried_out
 from accel.runtime.nested import tensors
 
 from .absent import FRESH
@@ -78,9 +79,31 @@ class Trace:
         """The place of each call in the order of all."""
         return {(call.part, call.ordinal): place for place, call in enumerate(self.calls)}
 
+    def add(self, other: Trace) -> None:
+        """What the same calls read and change in another mode, and what the outputs are made of there, counts too."""
+        places = self.named()
+        for call in other.calls:
+            if (call.part, call.ordinal) in places:
+                mine = self.calls[places[call.part, call.ordinal]]
+                mine.needs |= _among(call.needs, places)
+                mine.changed |= call.changed
+        self.outputs |= _among(other.outputs, places)
+
 
 def trace(model: nn.Module, stage: Stage, args: Any, kwargs: Any) -> Trace:
-    """Run the model once on an example, and see."""
+    """Run the model on an example, as it is and in evaluation, and see.
+
+    There a dropout returns the tensor that it is given, which the model may change, and some models return more.
+    """
+    found = _trace(model, stage, args, kwargs)
+    if any(module.training for module in model.modules()):
+        with tried_out(model):
+            model.eval()
+            found.add(_trace(model, stage, args, kwargs))
+    return found
+
+
+def _trace(model: nn.Module, stage: Stage, args: Any, kwargs: Any) -> Trace:
     tracer = _Tracer(model)
     stage.listener = tracer
     try:
@@ -221,6 +244,11 @@ class _Returned:
     place: int
     tensor: Tensor
     version: int
+
+
+def _among(sources: set[Source], places: Mapping[tuple[str, int], int]) -> set[Source]:
+    """Those that are parameters, or of these calls."""
+    return {source for source in sources if isinstance(source, Parameter) or (source.part, source.ordinal) in places}
 
 
 def _key(tensor: Tensor) -> int:

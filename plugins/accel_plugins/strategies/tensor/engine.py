@@ -58,13 +58,24 @@ class DividedModel:
         with own_kernels():
             self.numbers = Numbers(model, inputs, self.group, strategy.device)
             self.decisions = Planner(model, self._observe(inputs), self.peers.size).decide(strategy.options.plan)
-            expected = check.run(model, inputs)
+            expected = self._expected(inputs)
             self._divide(inputs, expected)
             self.activations = Activations(model, self.peers, strategy.options)
             if self.activations.settings:
                 self._divide_activations(inputs, expected)
         for parameter in originals:
             parameter.data = parameter.data.new_empty(0)  # the core keeps these alive; their memory must not stay
+
+    def _expected(self, inputs: Inputs) -> check.Result:
+        """What the whole model gives on the example. Raises PrepareError if it cannot be trained in evaluation mode."""
+        try:
+            return check.run(self.model, inputs)
+        except RuntimeError as error:
+            raise PrepareError(
+                f"prepare: tensor compares outputs and gradients with those of the whole {type(self.model).__name__}, "
+                f"in evaluation mode, where the whole one fails: {str(error).partition(chr(10))[0][:200]}; let it do "
+                "there what it does in training, or use `zero3`"
+            ) from error
 
     def check_compiled(self) -> None:
         """Raise PrepareError for a module that is compiled."""

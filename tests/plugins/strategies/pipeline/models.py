@@ -44,8 +44,9 @@ class GPT(nn.Module):
 
     def forward(self, tokens):
         t = tokens.shape[1]
-        mask = torch.ones(t, t, dtype=torch.bool, device=tokens.device).tril()
-        x = self.embedding(tokens) + self.position[:t]
+        x = self.embedding(tokens)
+        mask = torch.ones(t, t, device=tokens.device).type_as(x).tril().bool()  # also where x is on another stage
+        x += self.position[:t]
         for block in self.blocks:
             x = block(x, mask)
         return self.head(self.norm(x))
@@ -112,17 +113,18 @@ class Choice(nn.Module):
 
 
 class CNN(nn.Module):
-    """Images [b, 1, 8, 8] -> [b, 3], without blocks."""
+    """Images [b, 1, 8, 8] -> [b, 3], without blocks; and a second output, which no loss looks at."""
 
     def __init__(self, norm=False):
         super().__init__()
         self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
         self.norm = nn.BatchNorm2d(4) if norm else nn.GroupNorm(2, 4)
-        self.head = nn.Linear(4, 3)
+        self.head, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
 
     def forward(self, images):
         x = self.norm(torch.tanh(self.first(images)))
-        return self.head(torch.tanh(self.second(x)).mean((2, 3)))
+        x = torch.tanh(self.second(x)).mean((2, 3))
+        return self.head(x), self.other(x)
 
 
 class Translator(nn.Module):
@@ -171,6 +173,7 @@ def _next_token(logits, batch):
 
 
 def _class(logits, batch):
+    logits = logits[0] if isinstance(logits, tuple) else logits
     first = next(iter(batch.values()))
     return F.cross_entropy(logits.float(), (first.flatten(1).sum(1) > 0).long())
 

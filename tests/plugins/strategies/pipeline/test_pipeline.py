@@ -17,6 +17,7 @@ import torch
 from accel_plugins.strategies.pipeline.questions import Recorder
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from accel import Accelerator
@@ -633,16 +634,26 @@ class TwoOutputs(nn.Module):
 
 
 class Changes(nn.Module):
-    """Changes in place what a block has returned, before it is used again."""
+    """Changes in place what a block has returned, before it is used again; in evaluation, what is before them too."""
 
     def __init__(self):
         super().__init__()
+        self.start = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
 
     def forward(self, x):
+        x = F.dropout(self.start(x), 1e-9, self.training)
+        x += 1
         x = self.blocks[0](x)
         x += 1
         return self.blocks[1](x)
+
+
+class Direct(Changes):
+    """Calls what its blocks compute, rather than the blocks."""
+
+    def forward(self, x):
+        return self.blocks[1].forward(self.blocks[0].forward(x))
 
 
 class Keeps(nn.Module):
@@ -817,6 +828,7 @@ OUTCOMES = {
         "as many blocks",
     ),
     "changes in place": (Changes, {}, "right"),
+    "blocks that are not called": (Direct, {}, "write `block(x)`"),
     "a question": (functools.partial(Asks, positive), {}, "answer differently (False and True)"),
     "a question in a block": (functools.partial(Asks, positive, where="inside"), {}, "answer differently (False and"),
     "a question about a number": (functools.partial(Asks, positive_number), {}, "test_pipeline.py:"),

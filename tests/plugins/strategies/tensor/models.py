@@ -128,6 +128,22 @@ def rotated_gpt():
     return GPT(attention=RotatedAttention)
 
 
+class WritingAttention(Attention):
+    """Adds up what is before each position, written into what it has allocated."""
+
+    def forward(self, x):
+        q, out = self.q(x), torch.zeros_like(x)
+        out[:, 0] = q[:, 0]
+        kept = torch.zeros_like(q).copy_(q)
+        for position in range(1, x.shape[1]):
+            kept[:, position] = q[:, position] + kept[:, position - 1].sigmoid()
+        return self.o(out + kept * self.k(x))
+
+
+def writing_gpt():
+    return GPT(attention=WritingAttention)
+
+
 class Marked(GPT):
     """Begins with a token of its own: two parameters are added, and have one gradient where there is one sample."""
 

@@ -23,6 +23,7 @@ OWN = [
     (models.fused_gpt, {**FUSED, **FEED, **VOCABULARY}),
     (models.stacked_gpt, {**FUSED, **FEED, **VOCABULARY}),
     (models.rotated_gpt, {**ATTENTION, **FEED, **VOCABULARY}),
+    (models.writing_gpt, {"attention.q": "replicated (", **FEED, **VOCABULARY}),
     (models.Choosy, {**ATTENTION, **FEED, **VOCABULARY}),
     (models.Encoder, TORCHS),
     (models.Seq2Seq, TORCHS),

@@ -249,11 +249,24 @@ def refuse_models():
     model.blocks[0].compile(backend="eager")
     with pytest.raises(PrepareError) as caught:
         accelerator_for(2, {"tensor": {"size": 2}}).prepare(model)
+    said.append(str(caught.value))
+    with pytest.raises(PrepareError) as caught:
+        accelerator_for(2, {"tensor": {"size": 2}}).prepare(Spoils())
     return [*said, str(caught.value)]
 
 
+class Spoils(models.GPT):
+    """Changes, in evaluation, what its backward needs."""
+
+    def forward(self, tokens):
+        weights = self.embedding(tokens).softmax(-1)
+        out = super().forward(tokens) + weights.mean()
+        return out if self.training else out + weights.zero_().mean()
+
+
 def test_models_that_cannot_be_tried_out_or_are_divided_or_compiled_already_are_refused():
-    for example, divided, compiled in run(2, refuse_models):
+    for example, divided, compiled, spoilt in run(2, refuse_models):
+        assert "those of the whole Spoils, in evaluation mode, where the whole one fails: one of the" in spoilt
         assert (
             "'blocks.0' is compiled" in compiled
             and "leave `compile` out, here and beside strategies.tensor" in compiled
