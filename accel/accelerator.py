@@ -122,7 +122,8 @@ class Accelerator(Saving):
         """Like `gather`, but each sample of the loader's current batch counts once; all ranks.
 
         [b, ...] on each process -> [samples in the global batch, ...] on all, in the order of the data. What is
-        not tensors, or with `use_gather_object`, is a list of one item per sample and comes back as one list.
+        not tensors, or with `use_gather_object`, is a list of one item per sample and comes back as one list. A scalar
+        comes once from each process that has samples. Raises CollectiveError for rows that are none of samples.
         """
         loader = self._active[-1] if self._active else None
         return gather_for_metrics(input_data, loader, self.data_group(), use_gather_object)

@@ -42,17 +42,34 @@ def gather(value: Any, group: ProcessGroup | None) -> Any:
     return map_tensors(lambda t: torch.cat(_all_gather(_vector(t), group)), value)
 
 
-def gather_counted(value: Any, counts: Sequence[int], group: ProcessGroup | None) -> Any:
-    """Like `gather`, but rank r brings `counts[r]` rows that matter; what else it brings is dropped."""
-    largest = max(max(counts), 1)
+def gather_counted(value: Any, counts: Sequence[int], group: ProcessGroup | None, most: int | None = None) -> Any:
+    """Like `gather`, but rank r brings `counts[r]` rows that matter; what else it brings is dropped.
+
+    A scalar comes once from each rank that has rows. Raises CollectiveError on all ranks for fewer rows than matter,
+    and for more than `most`, which are no repeated ones.
+    """
+    largest, mine = max(*counts, 1), counts[0 if group is None else group.rank()]
+
+    def misfit(tensor: Tensor) -> str:
+        rows = len(tensor) if tensor.dim() else mine
+        return f", {rows} rows for {mine} samples" if rows < mine or rows > max(most or rows, mine) else ""
+
+    def facts(tensor: Tensor) -> str:
+        return (f"rows of {list(tensor.shape[1:])}" if tensor.dim() else "one") + f" {tensor.dtype}{misfit(tensor)}"
 
     def collect(tensor: Tensor) -> Tensor:
-        padded = _padded(tensor, 0, largest) if tensor.shape[0] < largest else tensor[:largest]
-        parts = _all_gather(padded, group)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        size, rows = (largest, counts) if tensor.dim() else (1, [min(count, 1) for count in counts])
+        tensor = _vector(tensor)
+        parts = _all_gather(_padded(tensor, 0, size) if len(tensor) < size else tensor[:size], group)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
-    value = map_tensors(lambda t: _vector(_whole(t)), value)
-    _agree("gather_for_metrics", value, group, lambda t: f"rows of {list(t.shape[1:])} {t.dtype}")
+    value = map_tensors(_whole, value)
+    _agree("gather_for_metrics", value, group, facts)
+    if wrong := [misfit(tensor) for _, tensor in tensors(value) if misfit(tensor)]:
+        raise CollectiveError(
+            f"gather_for_metrics: expected a row for each sample of the current batch{wrong[0]}; bring one per "
+            "sample, or call gather()"
+        )
     return map_tensors(collect, value)
 
 

@@ -17,11 +17,12 @@ def gather_for_metrics(
 ) -> Any:
     """Concatenate over the processes what counts of the current batch of `loader`; see `Accelerator`. All ranks."""
     counts = _counts(value, loader, group) if loader is not None else None
+    most = None if loader is None or loader.whole_batches else loader.batch_size  # some loops repeat a loss so often
     if as_objects or not collectives.is_tensors(value):
         return _gather_objects(value, counts, group)
     if counts is None:
         return collectives.gather(value, group)
-    return collectives.gather_counted(value, counts, group)
+    return collectives.gather_counted(value, counts, group, most)
 
 
 def _counts(value: Any, loader: PreparedLoader, group: ProcessGroup | None) -> tuple[int, ...]:

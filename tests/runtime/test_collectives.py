@@ -29,11 +29,15 @@ def test_gather_concatenates_in_the_order_of_ranks():
 def gather_counts():
     pg, rank = group()
     rows = torch.arange(10 * rank, 10 * rank + [3, 2, 1][rank])
-    return collectives.gather_counted(rows, (3, 2, 0), pg).tolist()
+    alone = collectives.gather_counted(torch.tensor(rank + 0.5), (3, 2, 0), pg).tolist()
+    for wrong in (rows[:1], rows[rank == 1 :], rows.repeat(9)):  # on all, on rank 1 alone, too many
+        with pytest.raises(CollectiveError, match=r"rows for . samples"):
+            collectives.gather_counted(wrong, (3, 2, 0), pg, most=4)
+    return collectives.gather_counted(rows, (3, 2, 0), pg).tolist(), alone
 
 
 def test_gather_counted_keeps_what_counts():
-    assert run(3, gather_counts) == [[0, 1, 2, 10, 11]] * 3
+    assert run(3, gather_counts) == [([0, 1, 2, 10, 11], [0.5, 1.5])] * 3
 
 
 def combine():
