@@ -125,8 +125,7 @@ class Accelerator(Saving):
         not tensors, or with `use_gather_object`, is a list of one item per sample and comes back as one list. A scalar
         comes once from each process that has samples. Raises CollectiveError for rows that are none of samples.
         """
-        loader = self._active[-1] if self._active else None
-        return gather_for_metrics(input_data, loader, self.data_group(), use_gather_object)
+        return gather_for_metrics(input_data, self._current_loader(), self.data_group(), use_gather_object)
 
     def describe(self, model: nn.Module) -> Description:
         """How a prepared model is held: its dtypes, the mesh, and what each strategy made of which part, and why.

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -367,6 +368,28 @@ def metrics(samples, batch, kind):
 @pytest.mark.parametrize(("samples", "batch"), [(1, 4), (7, 2), (12, 3), (13, 4)])
 def test_each_sample_is_counted_once(kind, samples, batch):
     assert run(2, metrics, samples, batch, kind) == [[str(i) for i in range(samples)]] * 2
+
+
+def in_step():
+    """How often one is warned of a loss by two loaders in step, and by one inside of the other."""
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(1, 1))
+    data = [TensorDataset(torch.ones(n, 1)) for n in (7, 8)]
+    first, second = (accelerator.prepare(DataLoader(d, batch_size=2)) for d in data)
+    told = []
+    for make in (lambda: zip(first, second, strict=True), lambda: ((x, y) for x in second for y in first)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for (x,), (y,) in make():
+                accelerator.backward((model(x) * model(y).mean()).mean())
+        told.append(
+            ["in step, as by zip(), and the processes have (2, 1) and (2, 2)" in str(w.message) for w in caught]
+        )
+    return told
+
+
+def test_loaders_in_step_that_are_divided_unlike_are_told_of():
+    assert run(2, in_step)[0] == [[True], []]
 
 
 def batches_of_the_dataset():

@@ -14,13 +14,19 @@ from ..errors import PrepareError
 from ..interfaces.precision import Precision
 from ..interfaces.strategy import Strategy
 from .clipping import placing
+from .data.share import weight
 from .gradients import ExplicitWindow
+from .lines import warn
 from .loader import PreparedLoader
 from .model import ModelPart, model_part
 from .optimizer import OptimizerPart
 from .penalties import check_divided
 from .points import BACKWARD, come_to, meet
 from .process import Process
+
+
+def _shares(loader: PreparedLoader) -> list[float]:
+    return [weight(loader.counts, place) for place in range(len(loader.counts))]
 
 
 class Backward(Process):
@@ -32,6 +38,8 @@ class Backward(Process):
 
     def __init__(self) -> None:
         self._active: list[PreparedLoader] = []
+        self._taken: list[int] = []
+        """Batches that each of those had given when it was last asked which the loop has in hand."""
         self._window = ExplicitWindow(self.config.gradient_accumulation_steps, self._active)
         self._models: list[ModelPart] = []
         self._optimizers: list[OptimizerPart] = []
@@ -108,8 +116,9 @@ class Backward(Process):
             come_to(BACKWARD, self.strategies)
         for strategy in self.strategies:
             strategy.complete_loss(loss)
-        weight = self._active[-1].weight if self._active else 1.0
-        factor = self._loss_factor() * (1.0 if isinstance(loss, DTensor) else weight)
+        loader = self._current_loader()
+        share = loader.weight if loader else 1.0
+        factor = self._loss_factor() * (1.0 if isinstance(loss, DTensor) else share)
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         for part in self._models:
             part.check_filled()
@@ -117,6 +126,24 @@ class Backward(Process):
         scaled.backward(**options)  # type: ignore[no-untyped-call]
         self._after_backward(exchanges)
         self._mark_gradients()
+
+    def _current_loader(self) -> PreparedLoader | None:
+        """The loader whose batch the loop has in hand: of those under way the last, so of `zip(a, b)` that is b.
+
+        A warning tells where a's batch is divided otherwise: of which of them a loss is, nobody can know.
+        """
+        inner = self._active[-1] if self._active else None
+        taken = [loader.taken for loader in self._active]
+        in_step = len(taken) == len(self._taken) and all(now > was for now, was in zip(taken, self._taken, strict=True))
+        self._taken = taken
+        for outer in self._active[:-1] if in_step and self.is_main_process else ():
+            if inner and _shares(outer) != _shares(inner):
+                warn(
+                    f"two loaders are iterated in step, as by zip(), and the processes have {outer.counts} and "
+                    f"{inner.counts} samples of their batches: losses are weighed and metrics counted by the latter; "
+                    "make both with drop_last=True, or with as many samples in the last batch"
+                )
+        return inner
 
     def _before_backward(self, loss: Tensor, exchanges: Sequence[bool]) -> Tensor:
         for part, exchange in zip(self._models, exchanges, strict=True):

@@ -52,15 +52,17 @@ class _Position:
     share: Share | None = None
     """That of the batch in the user's hands."""
 
+    taken: int = 0
+
     def begin(self, skip: int | None) -> Start:
         if skip is not None or not self.resume:
             self.rewind()
         self.epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        self.inside, self.resume = True, False
+        self.inside, self.resume, self.taken = True, False, 0
         return Start(self.seed, self.epoch, tuple(self.samples), self.turn, skip or 0)
 
     def advance(self, share: Share) -> None:
-        self.share = share
+        self.share, self.taken = share, self.taken + 1
         self.samples[share.stream] = share.end
         self.turn = (share.stream + 1) % len(self.samples)
 
@@ -174,6 +176,11 @@ class PreparedLoader(DataLoader[Any]):
     def whole_batches(self) -> bool:
         """Whether `counts` are of whole batches, which the dataset makes (`batch_size=None`), not of samples."""
         return self._cut.single
+
+    @property
+    def taken(self) -> int:
+        """Batches that the iteration under way has given."""
+        return self._position.taken
 
     @property
     def weight(self) -> float:
