@@ -50,6 +50,8 @@ def run(command: Command, config: Config, rank: int, report: int, agent: int, ti
         status = 130
     except BaseException as error:  # noqa: BLE001 - whatever ends the user's code is this worker's result
         status, text = _result(error)
+        if not isinstance(error, SystemExit):
+            sys.last_type = type(error)  # as python does, for those who ask at exit
         if status:
             Failure(rank, status, time.monotonic(), text).write(report)
     _end(status)

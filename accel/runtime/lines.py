@@ -14,9 +14,10 @@ def warn(text: str) -> None:
 
 
 def users_line() -> str:
-    """The innermost line of the user's code that led here, as file:number."""
+    """The innermost line of the user's code that led here, as file:number; empty if none did."""
     frame = sys._getframe(_depth())
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    file = frame.f_code.co_filename
+    return "" if is_machinery(frame) or file.startswith("<") else f"{file}:{frame.f_lineno}"
 
 
 def _depth() -> int:

@@ -7,6 +7,7 @@ which point it has come to, or finds that another has come to another one there.
 
 from __future__ import annotations
 
+import atexit
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ..errors import CollectiveError
 from ..interfaces.strategy import Strategy
+from .exits import fail_at_exit, script_failed
 from .lines import users_line
 from .world import machine_store
 
@@ -30,6 +32,7 @@ FORWARD = "a forward that waits for others"
 BARE = "a bare loss.backward(), or torch.autograd.grad"
 BACKWARD = "accelerator.backward"
 STEP = "a step, or clipping"
+END = "the end of the script"
 BATCH = "the next batch of a loader, under dispatch_batches: true"
 WHOLE = "full_tensor(), or an operator between a divided tensor and a plain one"
 
@@ -52,7 +55,7 @@ class Points:
         _made[group.group_name] += 1
         for store in filter(None, (machine_store(), _get_process_group_store(group))):
             self._stores.append(PrefixStore(name, store))
-            if self._stores[-1].compare_set("first", "", str(self._rank)) != str(self._rank).encode():
+            if not self.claims("first"):
                 break
             self._tidied.append(self._stores[-1])
 
@@ -64,6 +67,10 @@ class Points:
         if group not in _all:
             _all[group] = cls(group)
         return _all[group]
+
+    def claims(self, what: str) -> bool:
+        """Whether this process is the first to claim something, in the last of the stores that it asks."""
+        return self._stores[-1].compare_set(what, "", str(self._rank)) == str(self._rank).encode()
 
     def come_to(self, point: str) -> None:
         """This process is about to wait for the others; raises CollectiveError if one of them has gone elsewhere."""
@@ -86,6 +93,9 @@ _made = Counter[str]()
 def meet(point: str) -> None:
     """Come to a point at which all processes of the run wait for each other, whatever groups they are in; all ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
+        if _everyone() not in _all:
+            atexit.unregister(_end)
+            atexit.register(_end)  # before the process group is left, since it comes after that in the list
         Points.of(_everyone())
         for points in list(_all.values()):
             points.come_to(point)
@@ -111,6 +121,16 @@ def meeting(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def _end() -> None:
+    """Let no other process wait for this one, now that its script is over."""
+    if script_failed():
+        return
+    try:
+        meet(END)
+    except CollectiveError as error:
+        fail_at_exit(error, told=not Points.of(_everyone()).claims("telling"))
+
+
 def _everyone() -> ProcessGroup:
     assert dist.group.WORLD is not None
     return dist.group.WORLD
@@ -118,12 +138,14 @@ def _everyone() -> ProcessGroup:
 
 def _parted(one: Sequence[str], other: Sequence[str]) -> CollectiveError:
     places = [
-        f"rank {rank} came to {point} at {line}"
+        f"rank {rank} came to {point}{line and f' at {line}'}"
         for rank, point, line in sorted([one, other], key=lambda place: int(place[0]))
     ]
     advice = "all ranks make such calls, in the same order, and none inside `if accelerator.is_main_process:`"
     if FORWARD in (one[1], other[1]):
         advice = "call the model on all ranks alike, also to evaluate"
+    if END in (one[1], other[1]):
+        advice = "all ranks make such calls, and as often"
     if BARE in (one[1], other[1]):
         advice = (
             "call accelerator.backward(loss) on all ranks, whatever it depends on, and torch.autograd.grad on all alike"

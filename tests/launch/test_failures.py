@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import pytest
@@ -167,3 +168,15 @@ def test_report_of_an_unfinished_failure_is_none(tmp_path: os.PathLike[str]) -> 
         assert Failure.read(file) == failure
     finally:
         os.close(file)
+
+
+def test_a_process_that_ends_while_another_waits_is_named_once(launch: Launch) -> None:
+    """By whichever of both is late."""
+    source = "import accel\naccelerator = accel.Accelerator()\naccelerator.wait_for_everyone()\n"
+    waits = "if rank == 0:\n    time.sleep({})\n    accelerator.gather(__import__('torch').ones(1))\ntime.sleep({})\n"
+    for late in ((0, 1), (1, 0)):
+        path = launch.script(source + waits.format(*late))
+        result = launch.run("--cpu", "--num_processes", "3", path)
+        said = [line for line in result.stderr.splitlines() if "came to" in line]
+        assert result.returncode == 1 and len(said) == 1
+        assert re.search(rf"rank 0 came to accelerator\.gather at {path}:\d+, and rank . came to the end of", said[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from ... import storage
 from ...errors import CheckpointError, DamagedError
 from ...interfaces import Checkpoint
 from ...storage import Manifest, Range
+from ..exits import fail_at_exit
 from ..lines import warn
 from ..world import World
 from .background import Background
@@ -134,13 +134,10 @@ class Checkpoints:
         self._write(work, facts, numbered)
 
     def _finish_at_exit(self) -> None:
-        """As `finish`; a failure makes the exit code 1, which an exception at this late hour would not."""
         try:
             self.finish()
         except CheckpointError as error:
-            print(f"accel: {error}", file=sys.stderr)
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(1)
+            fail_at_exit(error)
 
     def _load_newest(self, state: State, strict: bool) -> tuple[Path, Skipped]:
         """Take over the newest checkpoint that is whole. Raises CheckpointError telling why each was passed over."""
