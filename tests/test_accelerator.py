@@ -370,17 +370,23 @@ def test_each_sample_is_counted_once(kind, samples, batch):
     assert run(2, metrics, samples, batch, kind) == [[str(i) for i in range(samples)]] * 2
 
 
+class Ones(Stream):
+    """Without a length."""
+
+    def __iter__(self):
+        return (torch.ones(1) for _ in super().__iter__())
+
+
 def in_step():
     """How often one is warned of a loss by two loaders in step, and by one inside of the other."""
     accelerator = Accelerator()
     model = accelerator.prepare(nn.Linear(1, 1))
-    data = [TensorDataset(torch.ones(n, 1)) for n in (7, 8)]
-    first, second = (accelerator.prepare(DataLoader(d, batch_size=2)) for d in data)
+    first, second = (accelerator.prepare(DataLoader(Ones(n), batch_size=2)) for n in (7, 8))
     told = []
     for make in (lambda: zip(first, second, strict=True), lambda: ((x, y) for x in second for y in first)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for (x,), (y,) in make():
+            for x, y in make():
                 accelerator.backward((model(x) * model(y).mean()).mean())
         told.append(
             ["in step, as by zip(), and the processes have (2, 1) and (2, 2)" in str(w.message) for w in caught]

@@ -117,7 +117,7 @@ class Backward(Process):
         for strategy in self.strategies:
             strategy.complete_loss(loss)
         loader = self._current_loader()
-        share = loader.weight if loader else 1.0
+        share = 1.0 if loader is None else loader.weight
         factor = self._loss_factor() * (1.0 if isinstance(loss, DTensor) else share)
         scaled = self.precision.scale(loss if factor == 1.0 else loss * factor)
         for part in self._models:
@@ -137,7 +137,7 @@ class Backward(Process):
         in_step = len(taken) == len(self._taken) and all(now > was for now, was in zip(taken, self._taken, strict=True))
         self._taken = taken
         for outer in self._active[:-1] if in_step and self.is_main_process else ():
-            if inner and _shares(outer) != _shares(inner):
+            if inner is not None and _shares(outer) != _shares(inner):
                 warn(
                     f"two loaders are iterated in step, as by zip(), and the processes have {outer.counts} and "
                     f"{inner.counts} samples of their batches: losses are weighed and metrics counted by the latter; "
