@@ -66,6 +66,7 @@ class Checkpoints:
 
     def exist(self) -> bool:
         """Whether there are checkpoints without a name of the user's, complete or not."""
+        self.wait()
         self.exchange.connect()
         return self.exchange.from_main(lambda: bool(storage.newest_first(self.home)))
 
@@ -79,6 +80,7 @@ class Checkpoints:
 
     def fill(self, state: dict[str, Any]) -> None:
         """Replace what is on the meta device in a state dict, as others hold it, by copies of theirs."""
+        self.wait()
         self.exchange.connect()
         self.exchange.fill(state)
 
@@ -100,6 +102,7 @@ class Checkpoints:
 
     def compare_model(self, folder: Path, model: nn.Module, strict: bool) -> Differences:
         """What `load_model` will leave as it is; raises CheckpointError as it does. All ranks."""
+        self.wait()
         self.exchange.connect()
         return plan_weights(Parts(folder), model, self.format, self.exchange, strict)[1]
 

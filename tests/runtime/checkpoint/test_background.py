@@ -208,7 +208,7 @@ def test_a_change_in_another_process(tmp_path: Path) -> None:
 
 
 def one_at_a_time(folder: Path) -> None:
-    accelerator, _, _ = prepared({})
+    accelerator, _, _ = prepared({"project_dir": str(folder)})
     gate = Gate(os.pwrite)
     with replaced("pwrite", gate):
         accelerator.save_state(folder / "a", blocking=False)
@@ -216,13 +216,19 @@ def one_at_a_time(folder: Path) -> None:
         gate.open_soon()
         accelerator.save_state(folder / "b", blocking=False)
         assert (folder / "a" / "manifest.json").exists()
+    accelerator._checkpoints.wait()
+    gate = Gate(os.pwrite)
+    with replaced("pwrite", gate):
+        accelerator.save_state(blocking=False)
+        gate.open_soon()
+        assert accelerator.resume()
     accelerator.end_training()
     assert not [thread for thread in threading.enumerate() if thread.name == "accel-checkpoint"]
 
 
 def test_at_most_one_is_in_flight(tmp_path: Path) -> None:
     run(2, one_at_a_time, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "checkpoints"]
 
 
 def fail_behind(folder: Path) -> list[str]:
