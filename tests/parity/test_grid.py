@@ -18,9 +18,9 @@ from accel.runtime.shards import Elsewhere
 from accel.testing import run
 from accel.testing.models import Samples
 
-from .grid_cases import HUGGING_FACE, OWN, Case
+from .grid_cases import BATCH, HUGGING_FACE, OWN, Case
 
-BATCH, SAMPLES = 8, 37
+SAMPLES = 37
 PIPELINE, TENSOR = {"pipeline": {"size": 2, "micro_batches": 2}}, {"tensor": {"size": 2}}
 ZERO: dict[str, Any] = {"minimum_size": 0}
 DATA = {"ddp": {"ddp": {}}, **{name: {name: ZERO} for name in ("zero1", "zero2", "zero3")}}
