@@ -87,6 +87,9 @@ class Strategy:
 
     A pass that leaves gradients exchanged waits with any strategy."""
 
+    hides_parameters: ClassVar[bool] = False
+    """Whether a model computes with other tensors than its parameters, so that autograd reaches these by hooks only."""
+
     takes_empty: ClassVar[bool] = False
     """Whether `setup` takes models without memory, made under `empty_init`, so that none is ever whole.
 

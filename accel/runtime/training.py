@@ -16,6 +16,7 @@ from .backward import Backward
 from .boundary import Boundaries
 from .clipping import redirect_torch, total_norm
 from .deferred import Filling, Tape
+from .derivatives import watch_derivatives
 from .loader import PreparedLoader
 from .model import model_part, prepare_model, rebind
 from .optimizer import OptimizerPart, Owner, optimizer_part, prepare_optimizer
@@ -35,6 +36,7 @@ class Training(Backward):
         self._replaced: dict[int, nn.Parameter] = {}
         self._tapes: list[Tape] = []
         redirect_torch(self.strategies, lambda: [part.model for part in self._models])
+        watch_derivatives(self.strategies, self._trained)
         self._verified: dict[int, int] = {}
         self._boundaries = Boundaries(
             self._active, self._loaders, self.device, self._window_open, self._reached(), self._window.length > 1
@@ -43,6 +45,10 @@ class Training(Backward):
     def _reached(self) -> Callable[[], None] | None:
         """What is to be called at each step boundary."""
         return None
+
+    def _trained(self) -> set[int]:
+        """Ids of the parameters of prepared models that train now."""
+        return {id(p) for part in self._models for p in part.model.parameters() if p.requires_grad}
 
     def _window_open(self) -> bool:
         """Whether gradients of a started accumulation window wait for their step."""

@@ -28,6 +28,7 @@ class Pipeline(Strategy):
 
     axis = Axis.PIPELINE
     waits: ClassVar[bool] = True
+    hides_parameters: ClassVar[bool] = True
     splits_backward: ClassVar[bool] = True
     places_parameters: ClassVar[bool] = True
     takes_empty: ClassVar[bool] = True

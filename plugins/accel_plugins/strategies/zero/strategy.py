@@ -78,6 +78,7 @@ class Zero(Strategy):
         compile: bool = False
         """Compile each block by torch.compile."""
 
+    hides_parameters = True
     takes_empty = True
 
     gathers_once: ClassVar[bool] = True
