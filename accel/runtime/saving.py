@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import ConfigError, PrepareError
@@ -22,7 +23,7 @@ from .checkpoint import Checkpoints, Differences, Pickled, State, group_of
 from .deferred import is_empty
 from .lines import warn
 from .model import model_part, whole_state_dict
-from .points import meeting
+from .points import meet, meeting
 from .preemption import SIGNALS, Preemption
 from .training import Training
 
@@ -41,9 +42,13 @@ class Saving(Training):
         self._preemption = self._watch_for_preemption()
         super().__init__()
 
-    @meeting
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The whole state of a model under the user's own names, as plain CPU tensors; all ranks."""
+        """The whole state of a model under the user's own names, as plain CPU tensors.
+
+        All ranks call it, unless each holds the whole model.
+        """
+        if self._scattered or any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):
+            meet("accelerator.get_state_dict")
         state = whole_state_dict(model)
         if self._scattered:
             self._checkpoints.fill(state)

@@ -10,6 +10,7 @@ from accel.runtime import points
 from accel.testing import run
 
 CALLS = {
+    "get_state_dict": lambda accelerator, model: accelerator.get_state_dict(model),
     "save_state": lambda accelerator, model: accelerator.save_state("checkpoint"),
     "gather": lambda accelerator, model: accelerator.gather(torch.ones(2)),
     "clip_grad_norm_": lambda accelerator, model: accelerator.clip_grad_norm_(model.parameters(), 1.0),
@@ -40,6 +41,7 @@ def alone(strategy, call):
         ("ddp", "reduce", r"accel\.utils\.reduce", r"accelerator\.backward"),
         ("tensor", "forward", "a forward", r"accelerator\.backward"),
         ("pipeline", "forward", "a forward", r"accelerator\.backward"),
+        ("tensor", "get_state_dict", r"accelerator\.get_state_dict", "a forward"),
         ("context", "gather", r"accelerator\.gather", "a forward"),
         ("zero3", "full_tensor", r"full_tensor\(\)", "a forward"),
     ],
@@ -49,6 +51,20 @@ def test_a_call_on_the_main_process_alone_is_refused(strategy, call, here, there
         CollectiveError, match=rf"rank 0 came to {here}.* at {__file__}:\d+, and rank 1 came to {there}"
     ):
         run(2, alone, strategy, call)
+
+
+def whole_models():
+    """What costs no exchange, one process may do alone."""
+    accelerator = Accelerator(device="cpu")
+    model = accelerator.prepare(nn.Linear(2, 2))
+    if accelerator.is_main_process:
+        assert accelerator.get_state_dict(model).keys() == {"weight", "bias"}
+        model(torch.ones(2))
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+
+
+def test_a_whole_model_is_read_by_one_process_alone():
+    run(2, whole_models)
 
 
 def far():
