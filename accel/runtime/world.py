@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LaunchError
 
@@ -65,7 +66,12 @@ class World:
         if self.size == 1:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout))
+            patience = timedelta(seconds=timeout)
+            store, rank, size = next(rendezvous("env://", self.rank, self.size, timeout=patience))
+            store.set_timeout(patience)
+            # Of its own for each attempt: torchrun's store keeps the addresses of the processes before a restart.
+            store = PrefixStore(f"accel/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         atexit.register(leave)
 
     def store(self, purpose: str) -> Store:

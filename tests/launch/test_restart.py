@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -126,3 +128,20 @@ def test_a_preempted_training_goes_on_by_itself(launch: Launch) -> None:
     assert run.returncode == 0, error
     assert re.search(r"SIGTERM on rank 1: saved \S+, exit code 75\naccel: attempt 2 of 2\n", error), error
     assert out.splitlines()[-1] == whole.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_torchrun_may_restart_a_run(tmp_path: Path) -> None:
+    """Its store keeps what the processes before wrote: where they listened, and to which points they came."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import accel, os, torch\n"
+        "accelerator = accel.Accelerator(device='cpu')\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    accelerator.wait_for_everyone()\n"
+        "    os._exit(accelerator.process_index)\n"
+        "print('sum', int(accelerator.reduce(torch.ones(()))))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--nproc_per_node", "2", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert result.stdout.count("sum 2") == 2
