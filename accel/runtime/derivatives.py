@@ -20,6 +20,10 @@ def watch_derivatives(strategies: Sequence[Strategy], trained: Callable[[], Cont
     `trained` gives the ids of the parameters of prepared models that train at that moment.
     """
 
+    def are_hidden(tensors: Sequence[Any]) -> bool:
+        hidden = trained() if tensors else ()
+        return any(id(tensor) in hidden for tensor in tensors)
+
     def run(outputs: Any, *args: Any, **options: Any) -> Any:
         if options.get("accumulate_grad", True):
             return _run_here(outputs, *args, **options)
@@ -27,10 +31,10 @@ def watch_derivatives(strategies: Sequence[Strategy], trained: Callable[[], Cont
         try:
             result: Sequence[Any] = _run_here(outputs, *args, **options)
         except RuntimeError as error:
-            if "appears to not have been used" in str(error) and any(id(t) in trained() for t in inputs):
+            if "appears to not have been used" in str(error) and are_hidden(inputs):
                 raise _refusal() from error
             raise
-        if any(gradient is None and id(t) in trained() for gradient, t in zip(result, inputs, strict=True)):
+        if are_hidden([t for gradient, t in zip(result, inputs, strict=True) if gradient is None]):
             raise _refusal()
         return result
 

@@ -47,7 +47,7 @@ class Saving(Training):
 
         All ranks call it, unless each holds the whole model.
         """
-        if self._scattered or any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):
+        if self._scattered or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             meet("accelerator.get_state_dict")
         state = whole_state_dict(model)
         if self._scattered:

@@ -80,10 +80,11 @@ class Exchange:
         known to run this pass.
         """
         self._ran, self._begun = False, True
-        self.wholes.begin(loss, met)
-        if self.find_unused and (exchange or self.gathers):
-            if not met:
-                self.wholes.points.come_to(BACKWARD)
+        looks = self.find_unused and (exchange or self.gathers)
+        if not met and (looks or self.wholes.made):
+            self.wholes.points.come_to(BACKWARD)
+        self.wholes.begin(loss)
+        if looks:
             self._reach = reach_of(loss, self.groups, [turn.calls for turn in self._in_order], self.group)
             reshard = reshard and not self._gather_if_unlike(self._reach)
         self._start(exchange, reshard)
@@ -108,7 +109,6 @@ class Exchange:
     def end_passes(self) -> None:
         """Make sure that no process waits for this one in a bare `loss.backward()`; all ranks."""
         self.wholes.points.come_to(STEP)
-        self.wholes.end_passes()
 
     def _begin_bare(self) -> None:
         """A bare `loss.backward()` is about to wait: see to it that all processes ask for the same; all ranks."""

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from accel.errors import PrepareError
 from accel.runtime.graph import nodes_of
-from accel.runtime.points import BACKWARD, BARE, STEP, WHOLE, Points
+from accel.runtime.points import BARE, WHOLE, Points
 
 _will_execute = torch._C._will_engine_execute_node
 _axes: dict[str, Wholes] = {}
@@ -59,14 +59,12 @@ class Wholes:
         """Whether a gradient may have to be averaged."""
         return self._made > 0
 
-    def begin(self, loss: Tensor, met: bool) -> None:
-        """A backward pass from `loss` is about to run; all ranks. Raises PrepareError where they use other wholes.
+    def begin(self, loss: Tensor) -> None:
+        """All processes are about to run a backward pass from `loss`. Raises PrepareError where they use other wholes.
 
-        `met` says whether all processes are known to run it.
+        All ranks call it.
         """
         if self.made:
-            if not met:
-                self.points.come_to(BACKWARD)
             self._agree(getattr(node, "whole", 0) for node in nodes_of(loss))
         self._begun = True
 
@@ -83,11 +81,6 @@ class Wholes:
     def end(self) -> None:
         """The backward pass is over."""
         self._begun = self.in_pass = False
-
-    def end_passes(self) -> None:
-        """No process may be in a pass that was not announced; all ranks."""
-        if self.made:
-            self.points.come_to(STEP)
 
     def remember(self, node: Any) -> None:
         """Note the node of the graph through which a gradient will come that is to be averaged."""
